@@ -1,0 +1,31 @@
+"""sailer: emotion recognition in natural speech (the SAILER system, Interspeech 2025). Public names load on first use."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "SailerConfig": "configuration_sailer",
+    "SailerModel": "modeling_sailer",
+    "SailerForAudioClassification": "modeling_sailer",
+    "SailerProcessor": "processing_sailer",
+    "SpeechEmotionPipeline": "pipeline_sailer",
+    "SailerTrainer": "trainer",
+    "SailerTrainingArguments": "trainer",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `import sailer` and `sailer --help` do not wait for torch.
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"sailer.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
