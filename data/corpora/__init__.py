@@ -1,0 +1,111 @@
+"""Corpora by name: `load_corpus(name, path, **options)` reads one into canonical rows (see `sailer.data.schema`).
+
+A loader is a module of this package with `load(path, *, label_set, audio, strict, report, **options)`, which returns
+split -> columns for `build_dataset`; dropping the module in is all that registers it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sailer.data.schema import CorpusError, CorpusReport, LabelSet, build_dataset
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+# What every loader is given; the other parameters of its `load` are the corpus's own options.
+COMMON_ARGUMENTS = ("path", "label_set", "audio", "strict", "report")
+_HELPERS = ("audio_files",)
+
+
+def load_corpus(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    label_set: LabelSet | None = None,
+    audio: bool = True,
+    strict: bool = True,
+    report: CorpusReport | None = None,
+    **options: Any,
+) -> DatasetDict:
+    """Load a corpus in the canonical row.
+
+    Args:
+        name: a corpus of `corpus_names()`.
+        path: its folder (or file, or dataset id, where the loader says so); None for a corpus that is generated.
+        label_set: the primary emotions; by default the paper's nine.
+        audio: False loads the labels alone, of a corpus whose recordings are not there or not wanted.
+        strict: raise on the first malformed file or row; False leaves it out and counts it in the report.
+        report: filled with what was left out and noticed; it is logged either way.
+        **options: the loader's own options, see `corpus_options(name)`.
+
+    Returns:
+        `datasets.DatasetDict` with the splits that have clips (train, validation, test or test1, test2, ...).
+
+    Raises:
+        CorpusError: an unknown corpus or option (the message names the nearest one), a missing or empty folder, or
+            whatever the loader refuses; the message names it and says what to do.
+    """
+    from datasets import DatasetDict
+
+    loader = _loader(name)
+    known = corpus_options(name)
+    for option in options:
+        if option not in known:
+            raise CorpusError(
+                f"Corpus {name!r} has no option {option!r}{_nearest(option, known)}; its options are {sorted(known)}."
+            )
+    label_set = label_set or LabelSet()
+    report = CorpusReport() if report is None else report
+    path = _checked_path(name, path, loader)
+    splits = loader.load(path, label_set=label_set, audio=audio, strict=strict, report=report, **options)
+    report.log(name)
+    datasets = {split: build_dataset(columns, label_set) for split, columns in splits.items() if len(columns["id"])}
+    if not datasets:
+        raise CorpusError(
+            f"Corpus {name!r} at {path} gave no clips. " + " ".join([*report.lines(), "Check its path and options."])
+        )
+    return DatasetDict(datasets)
+
+
+def corpus_names() -> list[str]:
+    """Names that `load_corpus` takes: the loader modules of this package."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _HELPERS)
+
+
+def corpus_options(name: str) -> dict[str, Any]:
+    """The options of one corpus and their defaults (`inspect.Parameter.empty` where one must be given)."""
+    parameters = inspect.signature(_loader(name).load).parameters
+    return {key: value.default for key, value in parameters.items() if key not in COMMON_ARGUMENTS}
+
+
+def _loader(name: str) -> Any:
+    names = corpus_names()
+    if name not in names:
+        raise CorpusError(f"Unknown corpus {name!r}{_nearest(name, names)}; the corpora are {names}.")
+    return import_module(f"{__name__}.{name}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    match = get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _checked_path(name: str, path: str | Path | None, loader: Any) -> Path | None:
+    """`path` as a Path. A loader that reads no folder, but a file, an id or nothing, says `READS_FOLDER = False`."""
+    if not getattr(loader, "READS_FOLDER", True):
+        return Path(path) if path else None
+    if not path:
+        raise CorpusError(f"Corpus {name!r} is read from a folder: give its path.")
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        kind = "is a file, not a folder" if path.exists() else "does not exist"
+        raise CorpusError(f"The folder {path} of corpus {name!r} {kind}. Check the path, or fetch the corpus first.")
+    if next(path.iterdir(), None) is None:
+        raise CorpusError(f"The folder {path} of corpus {name!r} is empty. Fetch the corpus into it first.")
+    return path

@@ -1,0 +1,120 @@
+"""Audio files of a corpus: finding them and reading their durations from the headers, without decoding them."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import soundfile
+from tqdm.auto import tqdm
+
+from sailer.data.schema import CorpusError, CorpusReport
+
+AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
+MINIMUM_SECONDS = 0.1
+
+# The longest page that an Ogg file can have (RFC 3533), and the slack that a WAV header's sizes are given.
+_OGG_PAGE_BYTES = 65307
+_WAV_SLACK_BYTES = 1024
+# Writers that cannot seek back leave a size near 2 or 4 GiB in the header of a WAV file: it says nothing.
+_WAV_UNKNOWN_BYTES = 0x7FFF0000
+
+
+def find_audio(folder: str | Path) -> list[Path]:
+    """Every audio file under `folder`, by its extension in any case, sorted; hidden files are not audio."""
+    return sorted(
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in AUDIO_EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def audio_reference(path: str | Path) -> dict[str, str | None]:
+    """The canonical audio column's value for a file on disk."""
+    return {"path": os.path.abspath(path), "bytes": None}
+
+
+def read_durations(
+    paths: Sequence[str | Path], *, strict: bool, report: CorpusReport, progress: bool = True
+) -> list[float | None]:
+    """Seconds of each audio file, read from the headers by parallel threads.
+
+    Args:
+        paths: audio files.
+        strict: raise on the first file that cannot be used; otherwise its duration is None and the report counts it.
+        report: counts the files left out, by reason.
+        progress: show a progress bar.
+
+    Raises:
+        CorpusError: a file is missing, zero-length, not audio, truncated or shorter than `MINIMUM_SECONDS`, and
+            `strict` is set.
+    """
+    durations: list[float | None] = []
+    with ThreadPoolExecutor() as pool:
+        results = tqdm(
+            pool.map(_duration_or_problem, paths),
+            total=len(paths),
+            desc="Reading audio headers",
+            unit="file",
+            disable=not progress,
+        )
+        for path, (seconds, problem) in zip(paths, results, strict=True):
+            if problem and strict:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise CorpusError(
+                    f"Audio file {path} is {problem}. Replace it, or load with strict=False to leave such files out."
+                )
+            if problem:
+                report.leave_out(f"audio file {problem}", str(path))
+            durations.append(seconds)
+    return durations
+
+
+def _duration_or_problem(path: str | Path) -> tuple[float | None, str]:
+    """The duration in seconds and "", or None and what is wrong with the file."""
+    try:
+        size = os.path.getsize(path)
+    except OSError:
+        return None, "missing"
+    if size == 0:
+        return None, "zero-length (0 bytes)"
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            seconds = file.frames / file.samplerate
+            complete = _is_complete(path, size, file)
+    except (OSError, soundfile.SoundFileError):
+        return None, "not readable as audio, or damaged"
+    if not complete:
+        return None, "truncated"
+    if seconds < MINIMUM_SECONDS:
+        return None, f"shorter than the minimum of {MINIMUM_SECONDS} s"
+    return seconds, ""
+
+
+def _is_complete(path: str | Path, size: int, file: soundfile.SoundFile) -> bool:
+    """Whether the file holds all that its headers promise: libsndfile itself opens a truncated one without a word."""
+    with open(path, "rb") as raw:
+        if file.format in ("WAV", "WAVEX"):
+            identifier, promised = struct.unpack("<4sI", raw.read(8))
+            return identifier != b"RIFF" or promised <= size + _WAV_SLACK_BYTES or promised > _WAV_UNKNOWN_BYTES
+        if file.format == "OGG":
+            raw.seek(max(0, size - _OGG_PAGE_BYTES))
+            return _ends_ogg_stream(raw.read())
+    if file.frames:
+        # An MP3's number of frames may be an estimate, hence not its very last one.
+        file.seek(int((file.frames - 1) * (0.9 if file.format in ("MP3", "MPEG") else 1)))
+        return len(file.read(1)) == 1
+    return True
+
+
+def _ends_ogg_stream(tail: bytes) -> bool:
+    """Whether the last page in a file's last bytes is whole and marked as the end of its stream (RFC 3533)."""
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    header = 27
+    if len(page) < header or not page[5] & 4:
+        return False
+    segments = page[26]
+    return len(page) >= header + segments + sum(page[header : header + segments])
