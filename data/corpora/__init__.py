@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -82,6 +83,19 @@ def corpus_options(name: str) -> dict[str, Any]:
     """The options of one corpus and their defaults (`inspect.Parameter.empty` where one must be given)."""
     parameters = inspect.signature(_loader(name).load).parameters
     return {key: value.default for key, value in parameters.items() if key not in COMMON_ARGUMENTS}
+
+
+def label_indices(emotions: Iterable[str], label_set: LabelSet, report: CorpusReport) -> dict[str, int | None]:
+    """The class of each of a corpus's emotions: its own name, or else "Other", or else None.
+
+    Emotions that count as "Other" are noted in the report; what a None means is for the loader to decide.
+    """
+    fallback = label_set.labels.index("Other") if "Other" in label_set.labels else None
+    known = {emotion: emotion in label_set.labels for emotion in emotions}
+    as_other = [emotion for emotion in known if not known[emotion]]
+    if as_other and fallback is not None:
+        report.note(f"{', '.join(as_other)}: not in the label set {list(label_set.labels)}, counted as Other.")
+    return {emotion: label_set.index(emotion) if own else fallback for emotion, own in known.items()}
 
 
 def _loader(name: str) -> Any:

@@ -23,13 +23,26 @@ _WAV_SLACK_BYTES = 1024
 _WAV_UNKNOWN_BYTES = 0x7FFF0000
 
 
+def walk_files(folder: str | Path) -> list[Path]:
+    """Every file under `folder`, sorted; linked folders are followed, each real folder is entered once."""
+    files, entered = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(parent))
+        files += [Path(parent, name) for name in names]
+    return sorted(files)
+
+
+def is_audio(path: Path) -> bool:
+    """Whether a file's extension, in any case, is one of audio; hidden files (such as macOS's `._x.wav`) are not."""
+    return path.suffix.lower() in AUDIO_EXTENSIONS and not path.name.startswith(".")
+
+
 def find_audio(folder: str | Path) -> list[Path]:
-    """Every audio file under `folder`, by its extension in any case, sorted; hidden files are not audio."""
-    return sorted(
-        path
-        for path in Path(folder).rglob("*")
-        if path.suffix.lower() in AUDIO_EXTENSIONS and not path.name.startswith(".") and path.is_file()
-    )
+    """Every audio file under `folder`, sorted."""
+    return [path for path in walk_files(folder) if is_audio(path)]
 
 
 def audio_reference(path: str | Path) -> dict[str, str | None]:
