@@ -1,4 +1,4 @@
-"""A flat recipe (YAML) and command-line options go in; out come the dataclasses that set every part of the main job."""
+"""A flat recipe (YAML) and command-line options go in; out come the dataclasses that set each part of the main job."""
 
 from __future__ import annotations
 
@@ -197,8 +197,8 @@ def resolve(
     """The settings that a recipe and the overrides on top of it amount to.
 
     Each option is a field of ModelSettings, DataSettings, AugmentationSettings, ObjectiveSettings or
-    SailerTrainingArguments; one that several of them have is given to each. Values are converted to the field's type where
-    nothing is lost ("5e-4" is a float). An override named `option.key` sets one key of an option that is a mapping.
+    SailerTrainingArguments; one that several of them have is given to each. Values are converted to the field's type
+    where nothing is lost ("5e-4" is a float). An override named `option.key` sets one key of an option that is a mapping.
 
     Args:
         recipe: options by name, as `load_recipe` returns them.
@@ -238,7 +238,7 @@ def resolve(
 
 
 def to_yaml(settings: Settings) -> str:
-    """The recipe as resolved: all options of ours and the training arguments that were named; reads back as the same."""
+    """The recipe as resolved: all options of ours and the training arguments that were named. It reads back equal."""
     text, written = "# The recipe as resolved; run it again with: sailer train THIS_FILE\n", set()
     for name in ("model", "data", "augmentation", "objective"):
         options = dataclasses.asdict(getattr(settings, name))
