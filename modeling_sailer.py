@@ -1,0 +1,557 @@
+"""The SAILER model: two towers, a pooled projection of the speech, and one MLP per output (paper, section 2)."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import ModelOutput
+
+from .configuration_sailer import ATTRIBUTES, SailerConfig
+from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
+
+CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years
+
+
+@dataclass
+class SailerModelOutput(ModelOutput):
+    """`embeddings` (batch, hidden_size [+ text width]): the fused clip embedding that the heads see."""
+
+    embeddings: torch.FloatTensor | None = None
+
+
+@dataclass
+class SailerClassifierOutput(ModelOutput):
+    """
+    loss (): plain KL divergence from `labels` to softmax(logits), if labels were given.
+    logits (batch, labels); secondary_logits (batch, secondary labels); attributes (batch, 3): arousal, valence and
+    dominance in [0, 1]; sex_logits (batch, 2); age (batch,) in years; embeddings (batch, width).
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    secondary_logits: torch.FloatTensor | None = None
+    attributes: torch.FloatTensor | None = None
+    sex_logits: torch.FloatTensor | None = None
+    age: torch.FloatTensor | None = None
+    embeddings: torch.FloatTensor | None = None
+
+
+class VariableLengthWhisperEncoder(WhisperEncoder):
+    """Whisper's encoder at the clips' own lengths: any number of frames up to its positions, padding masked."""
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        attend_to_padding: bool = False,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_features: (batch, mels, frames) log-mel.
+            attention_mask: (batch, frames), 1 on the clip's own frames; all of them by default.
+            output_hidden_states: also return the embedding output and each layer's (the last one normalised).
+            attend_to_padding: let the clip's frames see the padding.
+
+        Returns:
+            hidden states of shape (batch, positions, width), cut to the longest clip's own positions unless padding
+            is attended to.
+
+        Raises:
+            ValueError: a clip longer than the encoder's positions.
+        """
+        states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
+        states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)
+        own = None if attention_mask is None else whisper_positions(attention_mask)
+        longest = states.shape[1] if own is None else int(own.sum(1).max())
+        if longest > self.max_source_positions:
+            raise ValueError(
+                f"A clip takes {longest} encoder positions and this encoder has {self.max_source_positions} "
+                f"({self.max_source_positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
+            )
+        length = min(states.shape[1], self.max_source_positions) if attend_to_padding else longest
+        states = states[:, :length] + self.embed_positions.weight[:length]
+        states = nn.functional.dropout(states, p=self.dropout, training=self.training)
+        mask = None
+        if own is not None and not attend_to_padding:
+            mask = create_bidirectional_mask(self.config, states, own[:, :length])
+
+        collected = []
+        for layer in self.layers:
+            if output_hidden_states:
+                collected.append(states)
+            if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
+                states = layer(states, mask)
+        states = self.layer_norm(states)
+        return BaseModelOutput(states, hidden_states=(*collected, states) if output_hidden_states else None)
+
+
+class LayerWeights(nn.Module):
+    """Softmax-weighted sum over a tower's hidden states, each layer-normalised first if asked."""
+
+    def __init__(self, layers: int, normalize: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layers))
+        self.normalize = normalize
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, layers, ..., width) -> (batch, ..., width)."""
+        if self.normalize:
+            states = nn.functional.layer_norm(states, states.shape[-1:])
+        weights = self.weight.softmax(0)
+        return torch.einsum("l,bl...->b...", weights.to(states.dtype), states)
+
+
+class AudioProjection(nn.Sequential):
+    """Three 1x1 convolutions over time with ReLU and dropout between: (batch, width, frames) -> (batch, hidden, frames)."""
+
+    def __init__(self, width: int, hidden_size: int, dropout: float) -> None:
+        layers: list[nn.Module] = []
+        for inputs in (width, hidden_size, hidden_size):
+            layers += [nn.Conv1d(inputs, hidden_size, kernel_size=1), nn.ReLU(), nn.Dropout(dropout)]
+        super().__init__(*layers[:-2])
+
+
+class PredictionHead(nn.Sequential):
+    """Two-layer MLP with ReLU: (batch, width) -> (batch, outputs)."""
+
+    def __init__(self, width: int, hidden_size: int, outputs: int) -> None:
+        super().__init__(nn.Linear(width, hidden_size), nn.ReLU(), nn.Linear(hidden_size, outputs))
+
+
+class SailerPreTrainedModel(PreTrainedModel):
+    config_class = SailerConfig
+    base_model_prefix = "sailer"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The towers initialise themselves; PyTorch's own initialisation of the head is the authors'.
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            module.reset_parameters()
+        elif isinstance(module, LayerWeights):
+            nn.init.zeros_(module.weight)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', from safetensors only: a pickle can run code when it is loaded, and is refused."""
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+class SailerModel(SailerPreTrainedModel):
+    """
+    The towers and their fusion: audio (and transcript) -> one embedding per clip.
+
+    Args:
+        config: the system's configuration.
+        audio_encoder, text_encoder: loaded towers; built from the configuration by default.
+    """
+
+    def __init__(
+        self,
+        config: SailerConfig,
+        audio_encoder: PreTrainedModel | None = None,
+        text_encoder: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        if config.audio_config is None:
+            raise ValueError("The configuration has no audio_config: a SAILER system needs a speech encoder.")
+        self.audio_encoder = audio_encoder or _build_encoder(config.audio_config)
+        self.main_input_name = self.audio_encoder.main_input_name
+        if config.audio_layers != "last":
+            layers = config.audio_config.num_hidden_layers + 1
+            self.audio_layer_weights = LayerWeights(layers, normalize=config.audio_layers == "weighted_norm")
+        self.audio_projection = AudioProjection(
+            config.audio_config.hidden_size, config.hidden_size, config.conv_dropout
+        )
+        self.text_encoder = None
+        if config.text_config is not None:
+            self.text_encoder = text_encoder or _build_encoder(config.text_config)
+            self.text_layer_weights = LayerWeights(config.text_config.num_hidden_layers + 1)
+        for tower in self._frozen_towers():
+            tower.requires_grad_(False)
+        self.post_init()
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the fused embedding."""
+        text = self.config.text_config
+        return self.config.hidden_size + (text.hidden_size if text is not None else 0)
+
+    def train(self, mode: bool = True) -> SailerModel:
+        """Frozen towers stay in eval mode: no dropout, no SpecAugment."""
+        super().train(mode)
+        for tower in self._frozen_towers():
+            tower.eval()
+        return self
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
+        audio_hidden_states: torch.Tensor | None = None,
+        text_hidden_states: torch.Tensor | None = None,
+    ) -> SailerModelOutput:
+        """
+        Args:
+            input_features: (batch, mels, frames) float, for Whisper; or
+            input_values: (batch, samples) float, for raw-waveform encoders.
+            attention_mask: (batch, frames or samples), 1 on the clip's own.
+            input_ids, text_attention_mask: (batch, tokens); a mask row of zeros means no transcript, whose embedding
+                is zero.
+            audio_hidden_states: the audio tower's output instead of its input, (batch, frames, width), or (batch,
+                layers, frames, width) where layers are weighted; `attention_mask` is then over these frames.
+            text_hidden_states: (batch, layers, width), means over each transcript's tokens, instead of input_ids.
+
+        Raises:
+            ValueError: the audio input that this tower needs is missing, or input_ids without a text tower.
+        """
+        if audio_hidden_states is None:
+            audio = input_features if self.main_input_name == "input_features" else input_values
+            if audio is None:
+                raise ValueError(f"This system needs {self.main_input_name} (or audio_hidden_states).")
+            states, mask = self.audio_hidden_states(audio, attention_mask)
+        else:
+            states, mask = audio_hidden_states, attention_mask
+        dtype = self.audio_projection[0].weight.dtype
+        states = states.to(dtype)
+        if self.config.audio_layers != "last":
+            states = self.audio_layer_weights(states)
+        projected = self.audio_projection(states.transpose(1, 2)).transpose(1, 2)
+        embeddings = _masked_mean(projected, mask)
+
+        if self.text_encoder is not None:
+            if text_hidden_states is None:
+                if input_ids is None:
+                    raise ValueError("This system has a text tower: pass input_ids (the processor makes them).")
+                text_hidden_states = self.text_hidden_states(input_ids, text_attention_mask)
+            text = self.text_layer_weights(text_hidden_states.to(dtype))
+            embeddings = torch.cat([embeddings, text], dim=-1)
+        elif input_ids is not None or text_hidden_states is not None:
+            raise ValueError("This is a speech-only system: it takes no input_ids.")
+        return SailerModelOutput(embeddings=embeddings)
+
+    def audio_hidden_states(
+        self, audio: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The audio tower's part, which a frozen system may compute once per clip.
+
+        Args:
+            audio: input_features or input_values.
+            attention_mask: over the frames or samples of `audio`.
+
+        Returns:
+            states (batch, frames, width), or (batch, layers, frames, width) where layers are weighted; and the mask
+            (batch, frames) of each clip's own frames.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio):
+            if isinstance(self.audio_encoder, VariableLengthWhisperEncoder):
+                states = self._encode_whisper(audio, attention_mask)
+                mask = whisper_positions(attention_mask)[:, : states.shape[-2]]
+            elif getattr(self.audio_encoder.config, "feat_extract_norm", "layer") == "group":
+                states, mask = self._encode_by_length(audio, attention_mask)
+            else:
+                states, mask = self._encode_waveforms(audio, attention_mask)
+        return states, mask
+
+    def text_hidden_states(self, input_ids: torch.Tensor, text_attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Every layer's mean over the transcript's own tokens, (batch, layers, width); zero where there is none."""
+        if text_attention_mask is None:
+            text_attention_mask = torch.ones_like(input_ids)
+        visible = text_attention_mask.clone()
+        visible[text_attention_mask.sum(1) == 0] = 1  # attention over nothing would be NaN
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text):
+            outputs = self.text_encoder(input_ids=input_ids, attention_mask=visible, output_hidden_states=True)
+            states = _all_hidden_states(outputs)
+            return _masked_mean(states, text_attention_mask.unsqueeze(1))
+
+    def _frozen_towers(self) -> list[nn.Module]:
+        towers = [(self.audio_encoder, self.config.freeze_audio), (self.text_encoder, self.config.freeze_text)]
+        return [tower for tower, frozen in towers if tower is not None and frozen]
+
+    def _encode_whisper(self, features: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        weighted = self.config.audio_layers != "last"
+        outputs = self.audio_encoder(features, attention_mask, weighted, self.config.attend_to_padding)
+        return _all_hidden_states(outputs) if weighted else outputs.last_hidden_state
+
+    def _encode_waveforms(
+        self, waveforms: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weighted = self.config.audio_layers != "last"
+        encoder, config = self.audio_encoder, self.audio_encoder.config
+        lengths = attention_mask.sum(1)
+        if hasattr(encoder, "_get_feat_extract_output_lengths"):
+            lengths = encoder._get_feat_extract_output_lengths(lengths)
+        augmented = getattr(config, "apply_spec_augment", False)
+        if augmented and int(lengths.max()) <= config.mask_time_length:
+            config.apply_spec_augment = False  # a batch shorter than one mask cannot be masked
+        try:
+            outputs = encoder(
+                waveforms.to(encoder.dtype), attention_mask=attention_mask, output_hidden_states=weighted
+            )
+        finally:
+            if augmented:
+                config.apply_spec_augment = True
+        states = _all_hidden_states(outputs) if weighted else outputs.last_hidden_state
+        return states, _length_mask(lengths, states.shape[-2])
+
+    def _encode_by_length(
+        self, waveforms: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Group-normalised encoders (wav2vec2-base, wavlm-base) normalise over time, padding included: clips are
+        # encoded beside clips of their own length only.
+        lengths = attention_mask.sum(1)
+        rows: list[torch.Tensor | None] = [None] * len(lengths)
+        for length in lengths.unique().tolist():
+            chosen = (lengths == length).nonzero().squeeze(1)
+            states, _ = self._encode_waveforms(waveforms[chosen, :length], attention_mask[chosen, :length])
+            for row, state in zip(chosen.tolist(), states, strict=True):
+                rows[row] = state
+        frames = torch.tensor([row.shape[-2] for row in rows], device=waveforms.device)
+        longest = int(frames.max())
+        padded = [nn.functional.pad(row, (0, 0, 0, longest - row.shape[-2])) for row in rows]
+        return torch.stack(padded), _length_mask(frames, longest)
+
+
+class SailerForAudioClassification(SailerPreTrainedModel):
+    """
+    SAILER with its heads: primary emotion, secondary emotions, attributes, speaker sex and age, as configured.
+
+    Args:
+        config: the system's configuration.
+        audio_encoder, text_encoder: loaded towers; built from the configuration by default.
+    """
+
+    def __init__(
+        self,
+        config: SailerConfig,
+        audio_encoder: PreTrainedModel | None = None,
+        text_encoder: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.sailer = SailerModel(config, audio_encoder, text_encoder)
+        self.main_input_name = self.sailer.main_input_name
+        outputs = {"primary": config.num_labels, "secondary": len(config.secondary_labels), "sex": 2, "age": 1}
+        sizes = {head: outputs[head] for head in config.heads if head in outputs}
+        if "attributes" in config.heads:
+            sizes |= dict.fromkeys(ATTRIBUTES, 1)
+        width = self.sailer.embedding_size
+        self.heads = nn.ModuleDict(
+            {name: PredictionHead(width, config.hidden_size, size) for name, size in sizes.items()}
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        text_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        secondary_labels: torch.Tensor | None = None,
+        attribute_labels: torch.Tensor | None = None,
+        sex_labels: torch.Tensor | None = None,
+        age_labels: torch.Tensor | None = None,
+        audio_hidden_states: torch.Tensor | None = None,
+        text_hidden_states: torch.Tensor | None = None,
+        mixup_permutation: torch.Tensor | None = None,
+        mixup_lambda: torch.Tensor | None = None,
+    ) -> SailerClassifierOutput:
+        """
+        Args:
+            input_features, input_values, attention_mask, input_ids, text_attention_mask, audio_hidden_states,
+                text_hidden_states: see `SailerModel.forward`.
+            labels: (batch, labels) float distributions of primary votes; a row with NaN is unknown.
+            secondary_labels, attribute_labels, sex_labels, age_labels: accepted so that any Trainer may pass them;
+                the training objective over them is `sailer.losses.SailerObjective`.
+            mixup_permutation, mixup_lambda: (batch,) each: the embedding of clip i becomes lambda_i * e_i +
+                (1 - lambda_i) * e_permutation(i) (manifold mixup, https://arxiv.org/abs/1806.05236).
+
+        Returns:
+            `SailerClassifierOutput`; outputs without a head are None.
+        """
+        embeddings = self.sailer(
+            input_features=input_features,
+            input_values=input_values,
+            attention_mask=attention_mask,
+            input_ids=input_ids,
+            text_attention_mask=text_attention_mask,
+            audio_hidden_states=audio_hidden_states,
+            text_hidden_states=text_hidden_states,
+        ).embeddings
+        if mixup_permutation is not None:
+            share = mixup_lambda.to(embeddings.dtype).unsqueeze(1)
+            embeddings = share * embeddings + (1 - share) * embeddings[mixup_permutation]
+
+        outputs = {name: head(embeddings) for name, head in self.heads.items()}
+        attributes = age = None
+        if "attributes" in self.config.heads:
+            attributes = torch.cat([outputs[name] for name in ATTRIBUTES], dim=-1).sigmoid()
+        if "age" in outputs:
+            age = CENTURY * outputs["age"].squeeze(-1).sigmoid()
+        logits = outputs.get("primary")
+        loss = None
+        if labels is not None and logits is not None:
+            known = ~labels.isnan().any(-1, keepdim=True)
+            targets = labels.nan_to_num()
+            divergence = torch.xlogy(targets, targets) - targets * logits.float().log_softmax(-1)
+            loss = (divergence * known).sum() / known.sum().clamp(min=1)
+        return SailerClassifierOutput(
+            loss=loss,
+            logits=logits,
+            secondary_logits=outputs.get("secondary"),
+            attributes=attributes,
+            sex_logits=outputs.get("sex"),
+            age=age,
+            embeddings=embeddings,
+        )
+
+    def probabilities(self, logits: torch.Tensor, prior: str = "balanced") -> torch.Tensor:
+        """Primary-emotion probabilities.
+
+        Args:
+            logits: (batch, labels).
+            prior: "balanced": softmax(logits), which suits a class-balanced test set. "natural": the training weights
+                are divided out, softmax((logits - log w) / T), which estimates the annotators' distribution; a class
+                that training never saw gets 0.
+
+        Raises:
+            ValueError: another prior.
+        """
+        if prior == "balanced":
+            return logits.float().softmax(-1)
+        if prior != "natural":
+            raise ValueError(f"prior is {prior!r}; choose 'balanced' or 'natural'.")
+        logits = logits.float()
+        if self.config.label_weights is not None and self.config.target_weighting != "none":
+            weights = torch.tensor(self.config.label_weights, device=logits.device)
+            logits = torch.where(weights > 0, logits - weights.clamp(min=1e-12).log(), -torch.inf)
+        return (logits / self.config.calibration_temperature).softmax(-1)
+
+    @classmethod
+    def from_audio_text_pretrained(
+        cls,
+        audio: str | os.PathLike,
+        text: str | os.PathLike | None = None,
+        attn_implementation: str | None = None,
+        **config_kwargs: Any,
+    ) -> SailerForAudioClassification:
+        """Build a new system from pre-trained backbones; the heads are freshly initialised.
+
+        Args:
+            audio: Hub id or folder of a speech encoder. Of a full Whisper checkpoint only the encoder is loaded.
+            text: Hub id or folder of a text encoder; `None` for a speech-only system.
+            attn_implementation: of both towers, as in transformers.
+            config_kwargs: options of `SailerConfig`.
+
+        Raises:
+            ValueError: a backbone cannot be loaded, or any tensor of an encoder is not in its checkpoint (the
+                message names the tensors).
+        """
+        audio_encoder = _load_encoder(audio, attn_implementation)
+        text_encoder = None if text is None else _load_encoder(text, attn_implementation)
+        # Copies: a configuration hands its attention implementation, as yet undecided, down to its parts.
+        config = SailerConfig(
+            audio_config=copy.deepcopy(audio_encoder.config),
+            text_config=None if text_encoder is None else copy.deepcopy(text_encoder.config),
+            **config_kwargs,
+        )
+        return cls(config, audio_encoder, text_encoder)
+
+
+def whisper_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mask over log-mel frames -> boolean mask over encoder positions (the second convolution has stride 2)."""
+    return attention_mask[:, ::2].bool()
+
+
+def _masked_mean(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over the second to last axis where mask is set; zero where nothing is."""
+    if mask is None:
+        return states.mean(-2)
+    mask = mask.to(states.dtype).unsqueeze(-1)
+    return (states * mask).sum(-2) / mask.sum(-2).clamp(min=1)
+
+
+def _length_mask(lengths: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _all_hidden_states(outputs: ModelOutput) -> torch.Tensor:
+    """(batch, layers, positions, width). The last entry is the tower's output: releases differ in whether the
+    recorded one is normalised."""
+    states: Sequence[torch.Tensor] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
+    return torch.stack(states, dim=1)
+
+
+def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    if config.model_type == "whisper":
+        return VariableLengthWhisperEncoder
+    try:
+        return AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise ValueError(f"{config.model_type!r} backbones have no encoder in transformers' AutoModel.") from None
+
+
+def _encoder_options(encoder_class: type[PreTrainedModel]) -> dict[str, Any]:
+    # A pooler would be an unused, often missing, part of the text tower.
+    accepts = inspect.signature(encoder_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in accepts else {}
+
+
+def _build_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    encoder_class = _encoder_class(config)
+    return encoder_class._from_config(config, **_encoder_options(encoder_class))
+
+
+def _load_encoder(source: str | os.PathLike, attn_implementation: str | None) -> PreTrainedModel:
+    advice = "Give a Hub id or a folder with config.json and model.safetensors (pickled weights are refused)."
+    try:
+        config = AutoConfig.from_pretrained(source)
+        encoder_class = _encoder_class(config)
+        options = _encoder_options(encoder_class)
+        if config.model_type == "whisper":
+            # The encoder of a full checkpoint, with or without the head's prefix; the decoder is never read.
+            options["key_mapping"] = {r"^(?:model\.)?encoder\.": ""}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        encoder, report = encoder_class.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"The backbone {str(source)!r} cannot be loaded: {error} {advice}") from error
+    mismatched = [entry[0] for entry in report["mismatched_keys"]]
+    lost = sorted({*report["missing_keys"], *mismatched})
+    if lost:
+        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        raise ValueError(
+            f"The checkpoint of backbone {str(source)!r} lacks {len(lost)} of the encoder's tensors ({shown}), which "
+            f"would have stayed random. {advice}"
+        )
+    if os.path.isdir(source):
+        encoder.config._name_or_path = ""  # a path on this machine is of no use to others
+    return encoder
+
+
+SailerModel.register_for_auto_class("AutoModel")
+SailerForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
+
+__all__ = ["SailerForAudioClassification", "SailerModel", "SailerPreTrainedModel"]

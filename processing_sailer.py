@@ -1,0 +1,274 @@
+"""SailerProcessor: waveforms and transcripts in, padded model inputs with masks out; also the one audio reader."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+
+try:
+    import soundfile
+except ImportError:  # reported when a file is to be read: arrays need no reader
+    soundfile = None
+
+MINIMUM_SECONDS = 0.1
+# The log-mel's last frames see what follows the clip (an STFT window, then two convolutions of width 3): two more
+# hops of silence make that the same whether the clip is alone or beside a longer one.
+TAIL_HOPS = 2
+AUDIO_PADDING = ("longest", "max_length")
+
+
+class SailerProcessor(ProcessorMixin):
+    """
+    Joins a feature extractor and, for systems with a text tower, a tokenizer.
+
+    Args:
+        feature_extractor: of the audio backbone (Whisper's log-mel, or the raw-waveform kind of WavLM and wav2vec 2.0).
+        tokenizer: of the text backbone; `None` for a speech-only system.
+        audio_padding: `"longest"` pads a batch to its longest clip. `"max_length"` cuts or pads every clip to the
+            extractor's own length, as the authors' released models do (their configs set `attend_to_padding`).
+
+    Raises:
+        ValueError: unknown `audio_padding`.
+    """
+
+    def __init__(self, feature_extractor: Any, tokenizer: Any = None, audio_padding: str = "longest") -> None:
+        if audio_padding not in AUDIO_PADDING:
+            raise ValueError(f"audio_padding is {audio_padding!r}; choose one of {list(AUDIO_PADDING)}.")
+        super().__init__(feature_extractor)
+        self.tokenizer = tokenizer
+        self.audio_padding = audio_padding
+
+    def __call__(
+        self,
+        audio: Any = None,
+        text: str | Sequence[str] | None = None,
+        sampling_rate: int | None = None,
+        return_tensors: str | None = "pt",
+        device: str | torch.device = "cpu",
+    ) -> BatchFeature:
+        """
+        Args:
+            audio: one waveform of shape (samples,) or (channels, samples), or a list of them.
+            text: the transcript(s), one per waveform; "" where there is none.
+            sampling_rate: of the waveforms, in Hz; other rates than the extractor's are resampled.
+            return_tensors: "pt" or "np".
+            device: where log-mel features are computed.
+
+        Returns:
+            `input_features` (batch, mels, frames) or `input_values` (batch, samples); `attention_mask` over the same
+            frames or samples; with a tokenizer `input_ids` and `text_attention_mask` (batch, tokens), all zero for a
+            clip without transcript.
+
+        Raises:
+            ValueError: no audio, a waveform that is empty, shorter than 0.1 s or not finite, a transcript that is not
+                a string, or another number of transcripts than of waveforms; the message names the position.
+        """
+        if audio is None:
+            raise ValueError("No audio: pass audio=waveform or a list of waveforms.")
+        clips = self._waveforms(audio, sampling_rate)
+        if hasattr(self.feature_extractor, "hop_length"):
+            inputs = self._log_mel(clips, sampling_rate, device)
+        else:
+            inputs = self.feature_extractor(
+                clips,
+                sampling_rate=None if sampling_rate is None else self.sampling_rate,
+                padding=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+        data = dict(inputs)
+        if self.tokenizer is not None:
+            data |= self._tokens(text, len(clips))
+        elif text is not None:
+            raise ValueError("This is a speech-only system: its processor has no tokenizer, so leave text out.")
+        return BatchFeature({name: torch.as_tensor(value) for name, value in data.items()}).convert_to_tensors(
+            return_tensors
+        )
+
+    @property
+    def sampling_rate(self) -> int:
+        """The extractor's sampling rate in Hz."""
+        return self.feature_extractor.sampling_rate
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that a call returns."""
+        names = [self.feature_extractor.model_input_names[0], "attention_mask"]
+        return names + (["input_ids", "text_attention_mask"] if self.tokenizer is not None else [])
+
+    # The tokenizer is optional, which ProcessorMixin's own bookkeeping does not allow: it is kept beside it.
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["feature_extractor"]
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        if (processor_dict or {}).get("uses_text"):
+            arguments.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        return arguments
+
+    def to_dict(self) -> dict[str, Any]:
+        tokenizer = self.__dict__.pop("tokenizer")
+        try:
+            return super().to_dict() | {"uses_text": tokenizer is not None}
+        finally:
+            self.tokenizer = tokenizer
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        files: list[str] = []
+        if self.tokenizer is not None:
+            # Recorded by a tokenizer that was loaded offline; it would keep others from the Hub.
+            self.tokenizer.init_kwargs.pop("local_files_only", None)
+            files += self.tokenizer.save_pretrained(save_directory)
+        return files + super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def _waveforms(self, audio: Any, sampling_rate: int | None) -> list[np.ndarray]:
+        is_list = isinstance(audio, (list, tuple)) and len(audio) > 0 and np.ndim(audio[0]) > 0
+        clips = list(audio) if is_list else [audio]
+        rate = sampling_rate or self.sampling_rate
+        waveforms = []
+        for position, clip in enumerate(clips):
+            name = f"clip {position} of {len(clips)}"
+            waveform = load_audio({"array": clip, "sampling_rate": rate}, self.sampling_rate, name=name)
+            seconds = len(waveform) / self.sampling_rate
+            if seconds < MINIMUM_SECONDS:
+                raise ValueError(
+                    f"{name} is {1000 * seconds:.0f} ms long; at least {1000 * MINIMUM_SECONDS:.0f} ms are needed."
+                )
+            waveforms.append(waveform)
+        return waveforms
+
+    def _log_mel(self, clips: list[np.ndarray], sampling_rate: int | None, device: str | torch.device) -> dict:
+        extractor = self.feature_extractor
+        lengths = torch.tensor([len(clip) for clip in clips])
+        if self.audio_padding == "max_length":
+            padding: dict[str, Any] = {"padding": "max_length", "truncation": True}
+            lengths = lengths.clamp(max=extractor.n_samples)
+        else:
+            padding = {"padding": "longest", "truncation": False}
+            clips = [np.pad(clip, (0, TAIL_HOPS * extractor.hop_length)) for clip in clips]
+        features = extractor(
+            clips,
+            sampling_rate=None if sampling_rate is None else self.sampling_rate,
+            return_tensors="pt",
+            device=str(device),
+            **padding,
+        )["input_features"]
+        frames = torch.arange(features.shape[-1])
+        mask = frames < (lengths // extractor.hop_length).unsqueeze(1)
+        return {"input_features": features, "attention_mask": mask.long()}
+
+    def _tokens(self, text: str | Sequence[str] | None, clips: int) -> dict[str, torch.Tensor]:
+        transcripts = [""] * clips if text is None else [text] if isinstance(text, str) else list(text)
+        for position, transcript in enumerate(transcripts):
+            if not isinstance(transcript, str):
+                raise ValueError(
+                    f"Transcript {position} is {type(transcript).__name__}, not a string; use '' where there is none."
+                )
+        if len(transcripts) != clips:
+            raise ValueError(f"{len(transcripts)} transcripts for {clips} clips: pass one per clip, '' for none.")
+        limit = min(self.tokenizer.model_max_length, 512)  # unset, it is a huge number
+        tokens = self.tokenizer(transcripts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        spoken = torch.tensor([[bool(transcript.strip())] for transcript in transcripts])
+        return {"input_ids": tokens["input_ids"], "text_attention_mask": tokens["attention_mask"] * spoken}
+
+
+def load_audio(
+    source: Any, sampling_rate: int = 16000, max_seconds: float | None = None, name: str | None = None
+) -> np.ndarray:
+    """Read audio from wherever it is as one mono waveform.
+
+    Args:
+        source: a path, the bytes of an audio file, `{"path", "bytes"}` (one of the two set), `{"array" or "raw",
+            "sampling_rate"}`, or a waveform already at `sampling_rate`, of shape (samples,) or (channels, samples).
+        sampling_rate: of the result, in Hz; other rates are resampled, channels averaged.
+        max_seconds: read no more than this.
+        name: what error messages call the source.
+
+    Returns:
+        float32 waveform of shape (samples,).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not audio, empty, with values that are not finite, or a sampling rate that is not positive.
+    """
+    array, rate, name = _decode(source, sampling_rate, max_seconds, name)
+    if not rate > 0:
+        raise ValueError(f"{name} has a sampling rate of {rate} Hz; it must be positive.")
+    if array.ndim == 2:
+        array = array.mean(axis=int(np.argmin(array.shape)))  # (channels, samples) or (samples, channels)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"{name} holds no audio (shape {array.shape}); expected (samples,) or (channels, samples).")
+    if max_seconds is not None:
+        array = array[: max(1, round(max_seconds * rate))]
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds values that are not finite (NaN or infinity).")
+    if rate != sampling_rate:
+        try:
+            import librosa
+        except ImportError as error:
+            raise ImportError(f"{name} has {rate} Hz: resampling needs librosa (pip install librosa).") from error
+        array = librosa.resample(array, orig_sr=rate, target_sr=sampling_rate)
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _decode(
+    source: Any, sampling_rate: int, max_seconds: float | None, name: str | None
+) -> tuple[np.ndarray, float, str]:
+    if isinstance(source, Mapping):
+        for key in ("array", "raw"):
+            if source.get(key) is not None:
+                if "sampling_rate" not in source:
+                    raise ValueError(f"{name or 'The audio'} has {key!r} but no 'sampling_rate'; give it in Hz.")
+                return _as_array(source[key]), source["sampling_rate"], name or "The waveform"
+        name = name or source.get("path")
+        source = source.get("bytes") or source.get("path")
+        if source is None:
+            raise ValueError(f"{name or 'The audio'} has no 'array', 'raw', 'bytes' or 'path'.")
+    if isinstance(source, (str, os.PathLike)):
+        name = name or str(source)
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"No such audio file: {source}")
+        return *_read(source, max_seconds, name), name
+    if isinstance(source, (bytes, bytearray)):
+        return *_read(io.BytesIO(source), max_seconds, name or "The audio bytes"), name or "The audio bytes"
+    return _as_array(source), sampling_rate, name or "The waveform"
+
+
+def _as_array(values: Any) -> np.ndarray:
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if np.issubdtype(array.dtype, np.integer):
+        # Integer samples are full scale at their type's limit, as in a WAV file.
+        return array.astype(np.float32) / -float(np.iinfo(array.dtype).min or -1)
+    return array.astype(np.float32, copy=False)
+
+
+def _read(file: Any, max_seconds: float | None, name: str) -> tuple[np.ndarray, int]:
+    if soundfile is None:
+        raise ImportError(f"Reading {name} needs the soundfile package (pip install soundfile).")
+    try:
+        with soundfile.SoundFile(file) as opened:
+            frames = -1 if max_seconds is None else max(1, round(max_seconds * opened.samplerate))
+            return opened.read(frames, dtype="float32", always_2d=True).T, opened.samplerate
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"{name} is not readable audio ({error}). Supported are WAV, FLAC, Ogg and MP3; convert other formats, "
+            "for instance with ffmpeg."
+        ) from error
+
+
+SailerProcessor.register_for_auto_class()
+
+__all__ = ["SailerProcessor", "load_audio"]
