@@ -58,7 +58,8 @@ class SailerConfig(PretrainedConfig):
         label_weights (list of `float`, *optional*): the weights w, scaled so that the mean clip weight is 1; with a
             weighting of "product" or "normalized", softmax(logits) approaches d * w / sum(d * w).
         label_prior (list of `float`, *optional*): q, the mean of all training clips' vote distributions.
-        calibration_temperature (`float`, defaults to 1.0): divides the logits of the natural prior; fitted on validation data.
+        calibration_temperature (`float`, defaults to 1.0): divides the logits of the natural prior; fitted on
+            validation data.
         text_dropout (`float`, defaults to 0.0): share of training clips whose transcript was withheld; above zero the
             system may be run on speech alone.
 

@@ -114,7 +114,7 @@ class LayerWeights(nn.Module):
 
 
 class AudioProjection(nn.Sequential):
-    """Three 1x1 convolutions over time with ReLU and dropout between: (batch, width, frames) -> (batch, hidden, frames)."""
+    """Three 1x1 convolutions, ReLU and dropout between: (batch, width, frames) -> (batch, hidden_size, frames)."""
 
     def __init__(self, width: int, hidden_size: int, dropout: float) -> None:
         layers: list[nn.Module] = []
@@ -148,7 +148,18 @@ class SailerPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', from safetensors only: a pickle can run code when it is loaded, and is refused."""
         kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # Loading makes new parameters, which want gradients.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_towers()
+        return loaded
+
+    def freeze_towers(self) -> None:
+        """Take the gradients off the towers that the configuration freezes."""
+        for module in self.modules():
+            if isinstance(module, SailerModel):
+                for tower in module.frozen_towers():
+                    tower.requires_grad_(False)
 
 
 class SailerModel(SailerPreTrainedModel):
@@ -181,8 +192,7 @@ class SailerModel(SailerPreTrainedModel):
         if config.text_config is not None:
             self.text_encoder = text_encoder or _build_encoder(config.text_config)
             self.text_layer_weights = LayerWeights(config.text_config.num_hidden_layers + 1)
-        for tower in self._frozen_towers():
-            tower.requires_grad_(False)
+        self.freeze_towers()
         self.post_init()
 
     @property
@@ -194,7 +204,7 @@ class SailerModel(SailerPreTrainedModel):
     def train(self, mode: bool = True) -> SailerModel:
         """Frozen towers stay in eval mode: no dropout, no SpecAugment."""
         super().train(mode)
-        for tower in self._frozen_towers():
+        for tower in self.frozen_towers():
             tower.eval()
         return self
 
@@ -283,7 +293,8 @@ class SailerModel(SailerPreTrainedModel):
             states = _all_hidden_states(outputs)
             return _masked_mean(states, text_attention_mask.unsqueeze(1))
 
-    def _frozen_towers(self) -> list[nn.Module]:
+    def frozen_towers(self) -> list[nn.Module]:
+        """Towers that stay as they were loaded."""
         towers = [(self.audio_encoder, self.config.freeze_audio), (self.text_encoder, self.config.freeze_text)]
         return [tower for tower, frozen in towers if tower is not None and frozen]
 

@@ -29,7 +29,7 @@ class SailerProcessor(ProcessorMixin):
     Joins a feature extractor and, for systems with a text tower, a tokenizer.
 
     Args:
-        feature_extractor: of the audio backbone (Whisper's log-mel, or the raw-waveform kind of WavLM and wav2vec 2.0).
+        feature_extractor: of the audio backbone (log-mel as Whisper's, or raw-waveform as WavLM's).
         tokenizer: of the text backbone; `None` for a speech-only system.
         audio_padding: `"longest"` pads a batch to its longest clip. `"max_length"` cuts or pads every clip to the
             extractor's own length, as the authors' released models do (their configs set `attend_to_padding`).

@@ -1,4 +1,4 @@
-"""Tiny random backbones, written as the Hub's checkpoints are: for the demo, the tests, and trying a recipe offline."""
+"""Tiny random backbones, written as the Hub's checkpoints are: for the demo, the tests and offline trials."""
 
 from __future__ import annotations
 

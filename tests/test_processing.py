@@ -1,0 +1,163 @@
+"""SailerProcessor and load_audio: what goes in is converted or refused by name, and leaves padded and masked."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import AutoFeatureExtractor, AutoTokenizer
+
+from sailer import SailerProcessor
+from sailer.processing_sailer import load_audio
+
+
+@pytest.fixture(scope="module")
+def speech(tiny_whisper: Path) -> SailerProcessor:
+    return SailerProcessor(AutoFeatureExtractor.from_pretrained(tiny_whisper))
+
+
+@pytest.fixture(scope="module")
+def both(tiny_whisper: Path, tiny_text: Path) -> SailerProcessor:
+    return SailerProcessor(
+        AutoFeatureExtractor.from_pretrained(tiny_whisper), AutoTokenizer.from_pretrained(tiny_text)
+    )
+
+
+def tone(seconds: float, rate: int = 16000, frequency: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def test_log_mel_inputs_and_their_mask(speech: SailerProcessor) -> None:
+    inputs = speech(audio=[tone(0.5), tone(1.0)], sampling_rate=16000)
+    assert inputs["input_features"].shape == (2, 80, 102)  # 100 frames and the two of the tail
+    assert inputs["attention_mask"].sum(1).tolist() == [50, 100]
+    assert inputs["attention_mask"][0, :50].all()
+
+
+def test_one_waveform_and_a_list_of_one_are_the_same(speech: SailerProcessor) -> None:
+    one = speech(audio=tone(0.4), sampling_rate=16000)
+    for same in ([tone(0.4)], torch.from_numpy(tone(0.4)), tone(0.4).tolist(), tone(0.4)[None]):
+        torch.testing.assert_close(speech(audio=same, sampling_rate=16000)["input_features"], one["input_features"])
+
+
+def test_waveform_extractor(tiny_wavlm: Path) -> None:
+    processor = SailerProcessor(AutoFeatureExtractor.from_pretrained(tiny_wavlm))
+    inputs = processor(audio=[tone(0.5), tone(1.0)], sampling_rate=16000)
+    assert inputs["input_values"].shape == (2, 16000)
+    assert inputs["attention_mask"].sum(1).tolist() == [8000, 16000]
+
+
+def test_fixed_length_padding_is_the_extractors(tiny_whisper: Path) -> None:
+    processor = SailerProcessor(AutoFeatureExtractor.from_pretrained(tiny_whisper), audio_padding="max_length")
+    inputs = processor(audio=[tone(0.5), tone(31.0)], sampling_rate=16000)
+    assert inputs["input_features"].shape == (2, 80, 3000)
+    assert inputs["attention_mask"].sum(1).tolist() == [50, 3000]
+    with pytest.raises(ValueError, match="audio_padding is 'none'"):
+        SailerProcessor(processor.feature_extractor, audio_padding="none")
+
+
+def test_transcripts(both: SailerProcessor) -> None:
+    inputs = both(audio=[tone(0.2)] * 3, text=["so happy", "", "  "], sampling_rate=16000)
+    tokens = inputs["text_attention_mask"].sum(1)
+    assert tokens[0] > 2 and tokens[1] == tokens[2] == 0
+    assert both(audio=tone(0.2), sampling_rate=16000)["text_attention_mask"].sum() == 0
+    long = both(audio=tone(0.2), text="happy " * 1000, sampling_rate=16000)
+    assert long["input_ids"].shape[1] == 126
+
+
+def test_transcripts_that_cannot_be(both: SailerProcessor, speech: SailerProcessor) -> None:
+    with pytest.raises(ValueError, match="Transcript 1 is NoneType"):
+        both(audio=[tone(0.2)] * 2, text=["a", None], sampling_rate=16000)
+    with pytest.raises(ValueError, match="1 transcripts for 2 clips"):
+        both(audio=[tone(0.2)] * 2, text=["a"], sampling_rate=16000)
+    with pytest.raises(ValueError, match="speech-only"):
+        speech(audio=tone(0.2), text="a", sampling_rate=16000)
+
+
+def test_bad_waveforms_name_their_position(speech: SailerProcessor) -> None:
+    with pytest.raises(ValueError, match="clip 1 of 2 is 10 ms long; at least 100 ms"):
+        speech(audio=[tone(0.2), tone(0.01)], sampling_rate=16000)
+    with pytest.raises(ValueError, match="clip 0 of 1 holds no audio"):
+        speech(audio=np.zeros(0, np.float32), sampling_rate=16000)
+    with pytest.raises(ValueError, match=r"clip 0 of 1 holds values that are not finite"):
+        speech(audio=np.full(8000, np.nan), sampling_rate=16000)
+    with pytest.raises(ValueError, match="No audio"):
+        speech(text="a")
+
+
+def test_without_a_sampling_rate_it_warns(speech: SailerProcessor, caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    logging.getLogger("transformers").propagate = True
+    speech(audio=tone(0.2))
+    assert "sampling_rate" in caplog.text
+
+
+def test_other_rates_are_resampled(speech: SailerProcessor) -> None:
+    expected = speech(audio=tone(1.0), sampling_rate=16000)["input_features"]
+    resampled = speech(audio=tone(1.0, 8000), sampling_rate=8000)["input_features"]
+    assert resampled.shape == expected.shape
+    assert expected.mean(-1).argmax() == resampled.mean(-1).argmax()
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_files_of_any_rate_and_channels(rate: int, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "clip.wav"
+    wave = tone(1.0, rate)
+    soundfile.write(path, np.stack([wave] * channels, axis=1), rate)
+    loaded = load_audio(path)
+    assert loaded.dtype == np.float32 and loaded.shape == (16000,)
+    assert np.abs(np.fft.rfft(loaded)).argmax() == 440
+    np.testing.assert_array_equal(load_audio(path.read_bytes()), loaded)
+    np.testing.assert_array_equal(load_audio({"path": None, "bytes": path.read_bytes()}), loaded)
+    np.testing.assert_array_equal(load_audio({"path": str(path), "bytes": None}), loaded)
+    assert load_audio(path, max_seconds=0.25).shape == (4000,)
+
+
+def test_arrays_of_any_kind() -> None:
+    wave = tone(0.5)
+    np.testing.assert_array_equal(load_audio(wave), wave)
+    stereo = np.stack([wave, np.zeros_like(wave)])
+    np.testing.assert_allclose(load_audio(stereo), wave / 2)
+    np.testing.assert_allclose(load_audio(stereo.T), wave / 2)
+    np.testing.assert_allclose(load_audio((wave * 32767).astype(np.int16)), wave, atol=1e-4)
+    assert load_audio({"array": tone(0.5, 8000), "sampling_rate": 8000}).shape == (8000,)
+    assert load_audio({"raw": wave, "sampling_rate": 16000}).shape == (8000,)
+
+
+def test_sources_that_hold_no_audio(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.wav"):
+        load_audio(tmp_path / "missing.wav")
+    empty = tmp_path / "empty.wav"
+    empty.touch()
+    with pytest.raises(ValueError, match=r"empty\.wav is not readable audio"):
+        load_audio(empty)
+    text = tmp_path / "text.wav"
+    text.write_text("this is no audio")
+    with pytest.raises(ValueError, match=r"text\.wav is not readable audio.*ffmpeg"):
+        load_audio(text)
+    with pytest.raises(ValueError, match="no 'sampling_rate'"):
+        load_audio({"array": tone(0.1)})
+    with pytest.raises(ValueError, match="sampling rate of 0"):
+        load_audio({"array": tone(0.1), "sampling_rate": 0})
+    with pytest.raises(ValueError, match="no 'array', 'raw', 'bytes' or 'path'"):
+        load_audio({"path": None, "bytes": None})
+
+
+def test_round_trip(both: SailerProcessor, speech: SailerProcessor, tmp_path: Path) -> None:
+    for name, processor in (("both", both), ("speech", speech)):
+        processor.save_pretrained(tmp_path / name)
+        again = SailerProcessor.from_pretrained(tmp_path / name)
+        assert (again.tokenizer is None) == (processor.tokenizer is None)
+        text = None if processor.tokenizer is None else "so happy"
+        first, second = (p(audio=tone(0.3), text=text, sampling_rate=16000) for p in (processor, again))
+        assert first.keys() == second.keys() == set(processor.model_input_names)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_tokenizer_loaded_offline_does_not_keep_others_from_the_hub(both: SailerProcessor, tmp_path: Path) -> None:
+    both.tokenizer.init_kwargs["local_files_only"] = True
+    both.save_pretrained(tmp_path)
+    assert "local_files_only" not in (tmp_path / "tokenizer_config.json").read_text()
