@@ -1,7 +1,7 @@
 """Corpora by name: `load_corpus(name, path, **options)` reads one into canonical rows (see `sailer.data.schema`).
 
 A loader is a module of this package with `load(path, *, label_set, audio, strict, report, **options)`, which returns
-split -> columns for `build_dataset`; dropping the module in is all that registers it.
+split -> columns for `build_dataset` (or a canonical Dataset as it is); dropping the module in is all that registers it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What every loader is given; the other parameters of its `load` are the corpus's own options.
 COMMON_ARGUMENTS = ("path", "label_set", "audio", "strict", "report")
-_HELPERS = ("audio_files",)
+_HELPERS = ("audio_files", "files", "mapping", "msp_labels")
 
 
 def load_corpus(
@@ -52,21 +52,25 @@ def load_corpus(
         CorpusError: an unknown corpus or option (the message names the nearest one), a missing or empty folder, or
             whatever the loader refuses; the message names it and says what to do.
     """
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
     loader = _loader(name)
     known = corpus_options(name)
     for option in options:
         if option not in known:
             raise CorpusError(
-                f"Corpus {name!r} has no option {option!r}{_nearest(option, known)}; its options are {sorted(known)}."
+                f"Corpus {name!r} has no option {option!r}{nearest(option, known)}; its options are {sorted(known)}."
             )
     label_set = label_set or LabelSet()
     report = CorpusReport() if report is None else report
     path = _checked_path(name, path, loader)
     splits = loader.load(path, label_set=label_set, audio=audio, strict=strict, report=report, **options)
     report.log(name)
-    datasets = {split: build_dataset(columns, label_set) for split, columns in splits.items() if len(columns["id"])}
+    datasets = {
+        split: columns if isinstance(columns, Dataset) else build_dataset(columns, label_set)
+        for split, columns in splits.items()
+        if len(columns["id"])
+    }
     if not datasets:
         raise CorpusError(
             f"Corpus {name!r} at {path} gave no clips. " + " ".join([*report.lines(), "Check its path and options."])
@@ -98,16 +102,17 @@ def label_indices(emotions: Iterable[str], label_set: LabelSet, report: CorpusRe
     return {emotion: label_set.index(emotion) if own else fallback for emotion, own in known.items()}
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The words that point from a misspelt `word` to the nearest of `known`; empty if none is near."""
+    match = get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
 def _loader(name: str) -> Any:
     names = corpus_names()
     if name not in names:
-        raise CorpusError(f"Unknown corpus {name!r}{_nearest(name, names)}; the corpora are {names}.")
+        raise CorpusError(f"Unknown corpus {name!r}{nearest(name, names)}; the corpora are {names}.")
     return import_module(f"{__name__}.{name}")
-
-
-def _nearest(word: str, known: Any) -> str:
-    match = get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def _checked_path(name: str, path: str | Path | None, loader: Any) -> Path | None:
