@@ -1,6 +1,6 @@
 """Model outputs and the collator's targets go in, named losses and their weighted sum come out (paper, section 2).
 
-All means are over the rows of the batch. An unknown target (NaN, or -100 for sex) adds nothing to value or gradient, but
+All means are over the rows of the batch. An unknown target (NaN; -100 for sex) adds nothing to value or gradient, but
 its row counts in the denominator: so 1 x 8 and 2 x 4 gradient accumulation give the same step.
 """
 

@@ -67,7 +67,7 @@ def emotion_report(
         A value that the clips do not define is NaN; per-class keys are there for the classes that occur.
 
     Raises:
-        ValueError: no clips, shapes that do not fit together, a label outside the label set or a prediction that is NaN.
+        ValueError: no clips, shapes that do not fit together, a label outside the label set, a NaN prediction.
     """
     label_set = label_set or LabelSet()
     labels = _labels(labels, label_set)
