@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, ProcessorMixin
 
 try:
     import soundfile
@@ -114,6 +114,8 @@ class SailerProcessor(ProcessorMixin):
     ) -> list[Any]:
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         if (processor_dict or {}).get("uses_text"):
+            # The tokenizer's own file names its class: a bare configuration keeps it from asking to run ours.
+            kwargs["config"] = PretrainedConfig()
             arguments.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
         return arguments
 

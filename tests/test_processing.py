@@ -146,6 +146,14 @@ def test_sources_that_hold_no_audio(tmp_path: Path) -> None:
         load_audio({"path": None, "bytes": None})
 
 
+def test_a_systems_folder_asks_no_questions(tiny_sailer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(prompt: str) -> str:
+        raise AssertionError(f"asked: {prompt}")
+
+    monkeypatch.setattr("builtins.input", refuse)
+    assert SailerProcessor.from_pretrained(tiny_sailer).tokenizer is not None
+
+
 def test_round_trip(both: SailerProcessor, speech: SailerProcessor, tmp_path: Path) -> None:
     for name, processor in (("both", both), ("speech", speech)):
         processor.save_pretrained(tmp_path / name)

@@ -1,0 +1,161 @@
+"""SailerTrainer on a tiny system: named losses, accumulation, exact evaluation losses, selection, mixup."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer, SailerTrainingArguments
+from sailer.data.augmentation import AugmentationSettings
+from sailer.data.collator import SailerCollator
+from sailer.data.sampler import PlannedDataset
+from sailer.data.schema import LabelSet, build_dataset
+from sailer.losses import ObjectiveSettings, SailerObjective
+
+HEADS = ["primary", "secondary", "attributes", "sex", "age"]
+
+
+def wav(seconds: float, seed: int) -> bytes:
+    import io
+
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, round(16000 * seconds)), 16000, format="WAV")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Dataset:
+    random = np.random.default_rng(0)
+    clips = 16
+    labels = random.integers(0, 9, clips)
+    votes = np.eye(9)[labels] * 3 + random.integers(0, 2, (clips, 9))
+    attributes = random.random((clips, 3))
+    attributes[3] = np.nan
+    return build_dataset(
+        {
+            "id": [f"clip{i}" for i in range(clips)],
+            "audio": [{"bytes": wav(0.2 + 0.05 * (i % 4), i)} for i in range(clips)],
+            "transcript": ["so happy", "leave me alone", "", "the lazy dog"] * 4,
+            "votes": votes,
+            "secondary_votes": random.integers(0, 2, (clips, 17)),
+            "attributes": attributes,
+            "label": [*labels[:-2], -1, -100],
+            "sex": ["female", "male", "", "female"] * 4,
+            "age": [20.0, np.nan, 44.0, 70.0] * 4,
+        }
+    )
+
+
+def trainer(folder, tiny_sailer, rows, plan=None, settings=None, **options) -> SailerTrainer:
+    torch.manual_seed(0)
+    model = SailerForAudioClassification.from_pretrained(tiny_sailer, conv_dropout=0.0)
+    processor = SailerProcessor.from_pretrained(tiny_sailer)
+    extra = {name: options.pop(name) for name in ("manifold_mixup",) if name in options}
+    arguments = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+    }
+    return SailerTrainer(
+        model,
+        SailerTrainingArguments(output_dir=str(folder), **(arguments | options)),
+        objective=SailerObjective(settings or ObjectiveSettings(target_weighting="none")),
+        train_dataset=PlannedDataset(rows, plan or AugmentationSettings(), LabelSet()),
+        eval_dataset=rows,
+        data_collator=SailerCollator(processor, LabelSet(), HEADS),
+        processing_class=processor,
+        **extra,
+    )
+
+
+def test_each_component_is_logged(tmp_path, tiny_sailer, rows) -> None:
+    run = trainer(tmp_path, tiny_sailer, rows)
+    run.train()
+    train, evaluation = run.state.log_history[0], run.state.log_history[1]
+    parts = [train[f"loss_{name}"] for name in HEADS]
+    assert all(np.isfinite(parts)) and train["loss"] == pytest.approx(sum(parts), rel=1e-4)
+    for name in ("loss", *(f"loss_{head}" for head in HEADS), "macro_f1", "min_map", "ccc", "sex_accuracy", "age_mae"):
+        assert f"eval_{name}" in evaluation, name
+    assert evaluation["eval_scored_clips"] == 14 - sum(label == 8 for label in rows["label"][:14])
+
+
+def step_with(folder, tiny_sailer, rows, batch: int, accumulation: int) -> dict[str, torch.Tensor]:
+    run = trainer(
+        folder,
+        tiny_sailer,
+        rows,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        warmup_steps=0,
+        max_grad_norm=1e9,
+        eval_strategy="no",
+    )
+    run.train()
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def test_accumulation_changes_no_step(tmp_path, tiny_sailer, rows) -> None:
+    whole = step_with(tmp_path / "1x8", tiny_sailer, rows, 8, 1)
+    halves = step_with(tmp_path / "2x4", tiny_sailer, rows, 4, 2)
+    before = SailerForAudioClassification.from_pretrained(tiny_sailer).state_dict()
+    for name, value in whole.items():
+        torch.testing.assert_close(halves[name], value, atol=1e-6, rtol=1e-4, msg=name)
+    moved = [name for name in whole if not torch.equal(whole[name], before[name])]
+    assert "heads.primary.2.weight" in moved and not [name for name in moved if "_encoder." in name]
+
+
+def test_evaluation_loss_is_the_mean_over_clips(tmp_path, tiny_sailer, rows) -> None:
+    whole = trainer(tmp_path, tiny_sailer, rows, per_device_eval_batch_size=16).evaluate()
+    uneven = trainer(tmp_path, tiny_sailer, rows, per_device_eval_batch_size=5).evaluate()
+    for name in ("eval_loss", *(f"eval_loss_{head}" for head in HEADS), "eval_kl"):
+        assert uneven[name] == pytest.approx(whole[name], rel=1e-5)
+    assert whole["eval_loss_primary"] == pytest.approx(whole["eval_kl"], rel=1e-4)
+
+
+def test_training_lowers_the_loss_and_keeps_the_best(tmp_path, tiny_sailer, rows) -> None:
+    run = trainer(
+        tmp_path,
+        tiny_sailer,
+        rows,
+        num_train_epochs=6,
+        learning_rate=5e-3,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="kl",
+    )
+    assert run.args.greater_is_better is False
+    run.train()
+    divergences = [entry["eval_kl"] for entry in run.state.log_history if "eval_kl" in entry]
+    assert min(divergences) < divergences[0]
+    assert run.state.best_metric == pytest.approx(min(divergences))
+    assert run.evaluate()["eval_kl"] == pytest.approx(min(divergences), rel=1e-5)
+    weights = [path.name for path in tmp_path.glob("checkpoint-*/*model*") if path.suffix != ".py"]
+    assert weights == ["model.safetensors"]
+
+
+def test_manifold_mixup_trains_and_evaluation_does_not_mix(tmp_path, tiny_sailer, rows) -> None:
+    run = trainer(tmp_path, tiny_sailer, rows, manifold_mixup=0.4)
+    before = run.evaluate()["eval_loss"]
+    assert run.evaluate()["eval_loss"] == before
+    run.train()
+    assert np.isfinite(run.state.log_history[0]["loss"])
+
+
+def test_mixed_targets_by_hand(tmp_path, tiny_sailer, rows, monkeypatch) -> None:
+    run = trainer(tmp_path, tiny_sailer, rows, manifold_mixup=1.0)
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor([1, 0]))
+    monkeypatch.setattr(torch.distributions.Beta, "sample", lambda self, shape: torch.tensor([0.25, 1.0]))
+    targets = {"labels": torch.eye(2), "sex_labels": torch.tensor([0, 1]), "age_labels": torch.tensor([20.0, 60.0])}
+    inputs, mixed = run._mix_up({}, targets)
+    torch.testing.assert_close(mixed["labels"], torch.tensor([[0.25, 0.75], [0.0, 1.0]]))
+    assert mixed["sex_labels"].tolist() == [-100, -100]
+    assert mixed["age_labels"].tolist() == [50.0, 60.0]
+    assert inputs["mixup_permutation"].tolist() == [1, 0]

@@ -1,0 +1,205 @@
+"""SailerTrainer: the collator's batches in, a trained system and exact, named metrics out (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from sailer.data.sampler import EpochSampler, PlannedDataset
+from sailer.data.schema import LabelSet
+from sailer.losses import SailerObjective
+
+TARGETS = ("labels", "secondary_labels", "attribute_labels", "sex_labels", "age_labels")
+# In a batch for scoring but not for the model: the consensus label that the corpus publishes.
+CONSENSUS = "consensus"
+
+
+@dataclass
+class SailerTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the paper's settings as defaults: learning rate 5e-4, 15 epochs, one seed.
+
+    Not said in the paper and chosen here: batches of 32 clips, AdamW, a linear schedule after 5 % of warm-up steps,
+    gradients clipped at 1. The best epoch by `metric_for_best_model` is kept, any key of
+    `sailer.metrics.emotion_report`; its direction follows from the metric.
+    """
+
+    output_dir: str | None = "outputs"
+    learning_rate: float = 5e-4
+    num_train_epochs: float = 15
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    warmup_steps: float = 0.05
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    logging_strategy: str = "epoch"
+    save_total_limit: int | None = 1
+    load_best_model_at_end: bool | None = True
+    metric_for_best_model: str | None = "macro_f1"
+    remove_unused_columns: bool = False
+    label_names: list[str] | None = field(default_factory=lambda: list(TARGETS))
+    report_to: str | list[str] | None = "none"
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+
+    def __post_init__(self) -> None:
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            from sailer.metrics import greater_is_better
+
+            name = self.metric_for_best_model.removeprefix("eval_")
+            self.greater_is_better = greater_is_better(name) and not name.startswith("loss")
+        super().__post_init__()
+
+
+class SailerTrainer(Trainer):
+    """
+    Trainer whose loss is a `SailerObjective` and whose evaluation is `sailer.metrics.emotion_report`.
+
+    Each named component of the loss is logged beside it. Evaluation losses are computed over exactly the clips of the
+    split, whatever the number of processes.
+
+    Args:
+        model: a `SailerForAudioClassification`.
+        args: `SailerTrainingArguments`.
+        objective: the training loss.
+        label_set: the primary emotions, for the metrics.
+        manifold_mixup: alpha of the Beta distribution for mixing fused embeddings within a batch
+            (https://arxiv.org/abs/1806.05236); 0 is off.
+        evaluation_collator: makes evaluation batches; the training collator by default.
+        trainer_arguments: as `transformers.Trainer` takes them.
+    """
+
+    # The loss is the mean over a batch's rows: Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: SailerTrainingArguments | None = None,
+        *,
+        objective: SailerObjective,
+        label_set: LabelSet | None = None,
+        manifold_mixup: float = 0.0,
+        evaluation_collator: Any = None,
+        **trainer_arguments: Any,
+    ) -> None:
+        super().__init__(model, args, **trainer_arguments)
+        self.objective = objective.to(self.args.device)
+        self.label_set = label_set or LabelSet()
+        self.manifold_mixup = manifold_mixup
+        self.evaluation_collator = evaluation_collator or self.data_collator
+        self._component_sums: dict[str, torch.Tensor] = {}
+        self._component_batches = 0
+        if self.compute_metrics is None:
+            self.compute_metrics = self.report
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The objective's weighted sum; its parts are kept for the next log."""
+        targets = {name: inputs[name] for name in TARGETS if name in inputs}
+        inputs = {name: value for name, value in inputs.items() if name not in targets and name != CONSENSUS}
+        if model.training and self.manifold_mixup:
+            inputs, targets = self._mix_up(inputs, targets)
+        outputs = model(**inputs)
+        self.objective.train(model.training)
+        losses = self.objective(outputs, targets)
+        if model.training:
+            self._component_batches += 1
+            for name, value in losses.items():
+                if name != "loss":
+                    self._component_sums[name] = self._component_sums.get(name, 0) + value.detach()
+        return (losses["loss"], outputs) if return_outputs else losses["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log with the mean of every loss component since the last one."""
+        if "loss" in logs and self._component_batches:
+            for name, total in self._component_sums.items():
+                mean = self.accelerator.gather(total / self._component_batches).mean().item()
+                logs[f"loss_{name}"] = mean
+            self._component_sums, self._component_batches = {}, 0
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Outputs and targets by name. No loss: a mean over batches would count padded duplicates of clips."""
+        inputs = self._prepare_inputs(inputs)
+        targets = {name: inputs[name] for name in (*TARGETS, CONSENSUS) if name in inputs}
+        model_inputs = {name: value for name, value in inputs.items() if name not in targets}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**model_inputs)
+        predictions = {name: value.float() for name, value in outputs.items() if name not in ("loss", "embeddings")}
+        return None, predictions, targets
+
+    def report(self, prediction: EvalPrediction) -> dict[str, float]:
+        """`emotion_report` of a split, and the plain (not re-weighted) losses over it."""
+        from sailer.metrics import concordance_metrics, emotion_report
+
+        outputs, targets = prediction.predictions, prediction.label_ids
+        self.objective.eval()
+        tensors = [
+            {name: torch.as_tensor(value, device=self.args.device) for name, value in values.items()}
+            for values in (outputs, targets)
+        ]
+        losses = {name: value.item() for name, value in self.objective(*tensors).items()}
+        report = {"loss": losses.pop("loss")} | {f"loss_{name}": value for name, value in losses.items()}
+        heads = {
+            name: value for name, value in (outputs | targets).items() if name not in ("logits", "labels", CONSENSUS)
+        }
+        if "logits" in outputs:
+            return report | emotion_report(
+                outputs["logits"], targets["labels"], targets[CONSENSUS], self.label_set, **heads
+            )
+        if "attributes" in outputs:
+            return report | concordance_metrics(outputs["attributes"], targets["attribute_labels"])
+        return report
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """Evaluation batches, by the evaluation collator."""
+        return self._with_evaluation_collator(super().get_eval_dataloader, eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        """Test batches, by the evaluation collator."""
+        return self._with_evaluation_collator(super().get_test_dataloader, test_dataset)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, PlannedDataset):
+            return EpochSampler(len(dataset), seed=self.args.data_seed or self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _with_evaluation_collator(self, make: Any, dataset: Any) -> torch.utils.data.DataLoader:
+        training_collator, self.data_collator = self.data_collator, self.evaluation_collator
+        try:
+            return make(dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def _mix_up(
+        self, inputs: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        rows = next(iter(targets.values()))
+        alpha = torch.tensor(self.manifold_mixup, dtype=torch.float32)
+        shares = torch.distributions.Beta(alpha, alpha).sample((len(rows),)).to(rows.device)
+        permutation = torch.randperm(len(rows)).to(rows.device)
+        mixed = {}
+        for name, target in targets.items():
+            other = target[permutation]
+            if target.is_floating_point():
+                share = shares.view(-1, *[1] * (target.ndim - 1)).to(target.dtype)
+                mixed[name] = share * target + (1 - share) * other
+            else:  # a class index: known only where both agree
+                mixed[name] = torch.where(target == other, target, -100)
+        return {**inputs, "mixup_permutation": permutation, "mixup_lambda": shares}, mixed
