@@ -1,7 +1,7 @@
 """Corpora by name: `load_corpus(name, path, **options)` reads one into canonical rows (see `sailer.data.schema`).
 
 A loader is a module of this package with `load(path, *, label_set, audio, strict, report, **options)`, which returns
-split -> columns for `build_dataset` (or a canonical Dataset as it is); dropping the module in is all that registers it.
+split -> columns for `build_dataset`, or rows that are canonical already; dropping the module in registers it.
 """
 
 from __future__ import annotations

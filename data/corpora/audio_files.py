@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import soundfile
 from tqdm.auto import tqdm
@@ -51,15 +53,21 @@ def audio_reference(path: str | Path) -> dict[str, str | None]:
 
 
 def read_durations(
-    paths: Sequence[str | Path], *, strict: bool, report: CorpusReport, progress: bool = True
+    sources: Sequence[str | Path | bytes | memoryview],
+    *,
+    strict: bool,
+    report: CorpusReport,
+    progress: bool = True,
+    names: Sequence[str] | None = None,
 ) -> list[float | None]:
     """Seconds of each audio file, read from the headers by parallel threads.
 
     Args:
-        paths: audio files.
+        sources: paths, or the bytes of files.
         strict: raise on the first file that cannot be used; otherwise its duration is None and the report counts it.
         report: counts the files left out, by reason.
         progress: show a progress bar.
+        names: what to call each source in messages; by default its path.
 
     Raises:
         CorpusError: a file is missing, zero-length, not audio, truncated or shorter than `MINIMUM_SECONDS`, and
@@ -68,36 +76,45 @@ def read_durations(
     durations: list[float | None] = []
     with ThreadPoolExecutor() as pool:
         results = tqdm(
-            pool.map(_duration_or_problem, paths),
-            total=len(paths),
+            pool.map(_duration_or_problem, sources),
+            total=len(sources),
             desc="Reading audio headers",
             unit="file",
             disable=not progress,
         )
-        for path, (seconds, problem) in zip(paths, results, strict=True):
+        for name, (seconds, problem) in zip(names or sources, results, strict=True):
             if problem and strict:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise CorpusError(
-                    f"Audio file {path} is {problem}. Replace it, or load with strict=False to leave such files out."
+                    f"Audio file {name} is {problem}. Replace it, or load with strict=False to leave such files out."
                 )
             if problem:
-                report.leave_out(f"audio file {problem}", str(path))
+                report.leave_out(f"audio file {problem}", str(name))
             durations.append(seconds)
     return durations
 
 
-def _duration_or_problem(path: str | Path) -> tuple[float | None, str]:
+def _duration_or_problem(source: str | Path | bytes | memoryview) -> tuple[float | None, str]:
     """The duration in seconds and "", or None and what is wrong with the file."""
+    if not isinstance(source, str | Path):
+        return _inspect(io.BytesIO(source))
     try:
-        size = os.path.getsize(path)
+        with open(source, "rb") as raw:
+            return _inspect(raw, os.fspath(source))
     except OSError:
         return None, "missing"
+
+
+def _inspect(raw: BinaryIO, path: str | None = None) -> tuple[float | None, str]:
+    size = raw.seek(0, os.SEEK_END)
     if size == 0:
         return None, "zero-length (0 bytes)"
+    raw.seek(0)
     try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
+        # libsndfile reads a path faster than a Python file.
+        with soundfile.SoundFile(path or raw) as file:
             seconds = file.frames / file.samplerate
-            complete = _is_complete(path, size, file)
+            complete = _is_complete(raw, size, file)
     except (OSError, soundfile.SoundFileError):
         return None, "not readable as audio, or damaged"
     if not complete:
@@ -107,15 +124,15 @@ def _duration_or_problem(path: str | Path) -> tuple[float | None, str]:
     return seconds, ""
 
 
-def _is_complete(path: str | Path, size: int, file: soundfile.SoundFile) -> bool:
+def _is_complete(raw: BinaryIO, size: int, file: soundfile.SoundFile) -> bool:
     """Whether the file holds all that its headers promise: libsndfile itself opens a truncated one without a word."""
-    with open(path, "rb") as raw:
-        if file.format in ("WAV", "WAVEX"):
-            identifier, promised = struct.unpack("<4sI", raw.read(8))
-            return identifier != b"RIFF" or promised <= size + _WAV_SLACK_BYTES or promised > _WAV_UNKNOWN_BYTES
-        if file.format == "OGG":
-            raw.seek(max(0, size - _OGG_PAGE_BYTES))
-            return _ends_ogg_stream(raw.read())
+    if file.format in ("WAV", "WAVEX"):
+        raw.seek(0)
+        identifier, promised = struct.unpack("<4sI", raw.read(8))
+        return identifier != b"RIFF" or promised <= size + _WAV_SLACK_BYTES or promised > _WAV_UNKNOWN_BYTES
+    if file.format == "OGG":
+        raw.seek(max(0, size - _OGG_PAGE_BYTES))
+        return _ends_ogg_stream(raw.read())
     if file.frames:
         # An MP3's number of frames may be an estimate, hence not its very last one.
         file.seek(int((file.frames - 1) * (0.9 if file.format in ("MP3", "MPEG") else 1)))
