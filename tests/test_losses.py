@@ -36,6 +36,11 @@ def test_kl_by_hand():
     assert DistributionLoss("kl")(LOGITS, DISTRIBUTIONS).item() == pytest.approx((first + second) / 2)
 
 
+def test_a_row_that_is_partly_nan_adds_nothing():
+    partly = torch.tensor([[0.5, 0.5, 0.0], [UNKNOWN, 0.5, 0.5]])
+    assert DistributionLoss("kl")(LOGITS, partly).item() == pytest.approx(0.5 * LOG2 / 2)
+
+
 def test_soft_cross_entropy_by_hand():
     first = 0.5 * LOG2 + 0.5 * LOG4
     for objective in ("soft_ce", "ce"):
