@@ -1,0 +1,292 @@
+"""A checkpoint that the paper's authors released (vox-profile) in, a SAILER folder with the same outputs out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
+
+from sailer.configuration_sailer import ATTRIBUTES, PRIMARY_LABELS, SailerConfig
+from sailer.modeling_sailer import SailerForAudioClassification
+from sailer.processing_sailer import SailerProcessor
+
+logger = logging.getLogger(__name__)
+
+BACKBONE_CONFIGS = Path(__file__).parent / "backbone_configs"
+# `pretrain_model` of a released checkpoint -> the configuration that ships with this package.
+RELEASED_BACKBONES = {"whisper_large": "whisper-large-v3", "wavlm_large": "wavlm-large"}
+WHISPER_SECONDS = 15
+WHISPER_POSITIONS = 750
+SECONDARY_LABELS = [f"secondary_{index}" for index in range(17)]
+HEADS = {"primary": "emotion_layer", "secondary": "detailed_out_layer"} | {
+    name: f"{name}_layer" for name in ATTRIBUTES
+}
+# Parts of our model (longest first) and what they are called in a released checkpoint.
+PARTS = {
+    "sailer.audio_projection.": "model_seq.",
+    "sailer.audio_layer_weights.weight": "weights",
+    **{f"heads.{ours}.": f"{theirs}." for ours, theirs in HEADS.items()},
+}
+LORA_LAYERS = {"whisper": ("fc1", "fc2"), "wavlm": ("feed_forward.intermediate_dense", "feed_forward.output_dense")}
+# Weight normalisation had other names before torch's parametrizations.
+OLD_NAMES = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted; the message names the file or tensor and the way out."""
+
+
+def convert(source: str | os.PathLike, destination: str | os.PathLike, audio_backbone: str | None = None) -> Path:
+    """Convert a released checkpoint.
+
+    LoRA is merged into the weights: loralib does so by itself in eval mode, so a checkpoint that was saved in that
+    mode holds merged weights beside the factors, and they are taken as they are (see `_merged`). Whisper models keep
+    their 15 s of padding: the processor pads or cuts every clip to it, the encoder attends to the padding and the
+    pooling does not. The order of the 17 secondary classes is not published, so they are called secondary_0 to
+    secondary_16. Attributes-only models get the attribute heads alone.
+
+    Args:
+        source: folder or Hub id with `config.json` and `model.safetensors`.
+        destination: folder to write; it must not exist, or be empty.
+        audio_backbone: folder, JSON file or Hub id with the backbone's configuration. By default that of
+            `backbone_config.json` beside the checkpoint, else the one that the checkpoint names (whisper-large-v3 and
+            wavlm-large ship with this package).
+
+    Returns:
+        The destination.
+
+    Raises:
+        ConversionError: not such a checkpoint, weights that are missing, truncated or pickled, a tensor that is
+            missing, left over or of another shape, an unknown backbone, or a destination with files in it.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConversionError(f"{destination} exists and is not an empty folder; choose another destination.")
+    folder = _checkpoint_folder(source)
+    settings = _read_settings(folder)
+    config = _system_config(settings, _backbone_config(folder, settings, audio_backbone))
+    with torch.device("meta"):
+        model = SailerForAudioClassification(config)
+    model.load_state_dict(_read_tensors(folder, settings, model), assign=True)
+
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        model.save_pretrained(temporary)
+        _processor(config).save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp's folders are private
+        os.replace(temporary, destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return destination
+
+
+def packaged_config(name: str) -> PretrainedConfig:
+    """Configuration of a backbone of the paper, without the network.
+
+    Args:
+        name: "whisper-large-v3", "wavlm-large" or "roberta-large".
+
+    Raises:
+        ValueError: another name.
+    """
+    path = BACKBONE_CONFIGS / f"{name}.json"
+    if not path.is_file():
+        known = sorted(path.stem for path in BACKBONE_CONFIGS.glob("*.json"))
+        raise ValueError(f"No configuration called {name!r} ships with this package; there are {known}.")
+    return AutoConfig.from_pretrained(path)
+
+
+def _checkpoint_folder(source: str | os.PathLike) -> Path:
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"{source} is neither a folder nor a Hub id that can be reached: {error}") from error
+    if not (folder / "config.json").is_file():
+        raise ConversionError(
+            f"{source} has no config.json; a released checkpoint has config.json and model.safetensors."
+        )
+    if not (folder / "model.safetensors").is_file():
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        found = f" It holds {', '.join(pickles)}." if pickles else ""
+        raise ConversionError(
+            f"{source} has no model.safetensors.{found} Pickled weights are refused, because loading a pickle can run "
+            "code; have them saved as safetensors by someone who trusts them."
+        )
+    return folder
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is not JSON: {error}") from error
+    missing = [name for name in ("pretrain_model", "hidden_dim", "output_class_num") if name not in settings]
+    if missing:
+        raise ConversionError(f"{path} has no {missing}: it is not a checkpoint in the authors' format.")
+    return settings
+
+
+def _backbone_config(folder: Path, settings: dict[str, Any], audio_backbone: str | None) -> PretrainedConfig:
+    beside = Path(audio_backbone or folder) / "backbone_config.json"
+    try:
+        if beside.is_file():
+            config = AutoConfig.from_pretrained(beside)
+        elif audio_backbone is not None:
+            config = AutoConfig.from_pretrained(audio_backbone)
+        elif settings["pretrain_model"] in RELEASED_BACKBONES:
+            config = packaged_config(RELEASED_BACKBONES[settings["pretrain_model"]])
+        else:
+            raise ConversionError(
+                f"The configuration of backbone {settings['pretrain_model']!r} does not ship with this package (those "
+                f"of {sorted(RELEASED_BACKBONES)} do); name its folder or Hub id with --audio_backbone."
+            )
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(
+            f"No backbone configuration could be read from {audio_backbone or beside}: {error}"
+        ) from error
+    if config.model_type not in LORA_LAYERS:
+        raise ConversionError(
+            f"The backbone is {config.model_type!r}; the authors' models have {sorted(LORA_LAYERS)}."
+        )
+    return config
+
+
+def _system_config(settings: dict[str, Any], audio_config: PretrainedConfig) -> SailerConfig:
+    is_whisper = audio_config.model_type == "whisper"
+    if is_whisper:
+        audio_config.max_source_positions = WHISPER_POSITIONS
+    heads = ["attributes"] if _attributes_only(settings) else ["primary", "secondary", "attributes"]
+    return SailerConfig(
+        audio_config=audio_config,
+        audio_layers="last" if is_whisper else "weighted",
+        hidden_size=settings["hidden_dim"],
+        heads=heads,
+        labels=PRIMARY_LABELS,
+        secondary_labels=SECONDARY_LABELS,
+        freeze_audio=bool(settings.get("freeze_params", True)),
+        attend_to_padding=is_whisper,
+        max_seconds=float(WHISPER_SECONDS),
+        target_weighting="product",
+    )
+
+
+def _attributes_only(settings: dict[str, Any]) -> bool:
+    # Only these classes have the option; an emotion head of another size is their untrained, unused default.
+    return "predict_gender" in settings or settings["output_class_num"] != len(PRIMARY_LABELS)
+
+
+def _processor(config: SailerConfig) -> SailerProcessor:
+    if config.audio_config.model_type == "whisper":
+        extractor = WhisperFeatureExtractor(
+            feature_size=config.audio_config.num_mel_bins, chunk_length=WHISPER_SECONDS
+        )
+        return SailerProcessor(extractor, audio_padding="max_length")
+    return SailerProcessor(Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True))
+
+
+def _read_tensors(
+    folder: Path, settings: dict[str, Any], model: SailerForAudioClassification
+) -> dict[str, torch.Tensor]:
+    """Our model's state, in float32, from their file; every tensor of it is accounted for."""
+    path = folder / "model.safetensors"
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    sources = {name: _source_name(name, model.config) for name in shapes}
+    adapted = _adapted_weights(settings, model.config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {_modern_name(name): name for name in file.keys()}  # noqa: SIM118 - not a dict
+            _check_names(path, stored, {*sources.values(), *adapted}, settings, model.config)
+            state = {}
+            for name, source in sources.items():
+                tensor = file.get_tensor(stored[source]).float()
+                if source == "embed_positions":
+                    tensor = tensor[:WHISPER_POSITIONS]
+                if tuple(tensor.shape) != shapes[name]:
+                    raise ConversionError(
+                        f"{path}: tensor {source} has shape {tuple(tensor.shape)} where {shapes[name]} is expected; "
+                        "is the backbone the right one (--audio_backbone)?"
+                    )
+                lora = source.removesuffix("weight") + "lora_"
+                if lora + "A" in adapted:
+                    tensor = _merged(tensor, *(file.get_tensor(stored[lora + side]).float() for side in "AB"))
+                state[name] = tensor
+            return state
+    except SafetensorError as error:
+        raise ConversionError(
+            f"{path} cannot be read ({error}): the file is truncated or damaged; copy or download it again."
+        ) from error
+
+
+def _merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """weight + up @ down / rank (loralib's scaling is alpha / rank, and alpha is 1), unless that was done already.
+
+    Whisper is published in half precision. A matrix that is still exact in it is the backbone's own; one that is not
+    was saved after merging, and adding the factors again would count them twice.
+    """
+    is_backbones_own = (weight - weight.half().float()).norm() < 1e-5 * weight.norm()
+    return weight + up @ down / len(down) if is_backbones_own else weight
+
+
+def _source_name(name: str, config: SailerConfig) -> str:
+    if name == "sailer.audio_encoder.embed_positions.weight" and config.audio_config.model_type == "whisper":
+        return "embed_positions"
+    for ours, theirs in PARTS.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    tower = "backbone_model.encoder." if config.audio_config.model_type == "whisper" else "backbone_model."
+    return tower + name.removeprefix("sailer.audio_encoder.")
+
+
+def _modern_name(name: str) -> str:
+    prefix, _, last = name.rpartition(".")
+    return f"{prefix}.{OLD_NAMES[last]}" if last in OLD_NAMES else name
+
+
+def _adapted_weights(settings: dict[str, Any], config: SailerConfig) -> set[str]:
+    """Names of the LoRA factors: both feed-forward matrices of every layer whose index is above half their number."""
+    if settings.get("finetune_method") not in ("lora", "combined"):
+        return set()
+    layers = config.audio_config.num_hidden_layers
+    return {
+        f"backbone_model.encoder.layers.{index}.{matrix}.lora_{side}"
+        for index in range(layers // 2 + 1, layers)
+        for matrix in LORA_LAYERS[config.audio_config.model_type]
+        for side in "AB"
+    }
+
+
+def _check_names(
+    path: Path, stored: Iterable[str], needed: set[str], settings: dict[str, Any], config: SailerConfig
+) -> None:
+    unused: tuple[str, ...] = ()
+    if config.audio_config.model_type == "whisper":
+        unused += ("backbone_model.decoder.", "backbone_model.encoder.embed_positions.weight", "weights")
+    if _attributes_only(settings):
+        unused += ("emotion_layer.", "detailed_out_layer.")
+    missing = sorted(needed.difference(stored))
+    left_over = sorted(name for name in set(stored) - needed if not name.startswith(unused))
+    for problem, names in (("lacks", missing), ("has tensors of no known use:", left_over)):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ConversionError(
+                f"{path} {problem} {shown}. Nothing is converted that might give other outputs than the original; is "
+                "the backbone the right one (--audio_backbone)?"
+            )
