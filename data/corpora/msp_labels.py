@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from sailer.data.corpora.audio_files import AUDIO_EXTENSIONS
-from sailer.data.corpora.files import clip_id, find_entry, leaves_folder, read_rows, read_text
+from sailer.data.corpora.files import Problems, clip_id, find_entry, leaves_folder, read_rows, read_text
+from sailer.data.corpora.mapping import split_name
 from sailer.data.labels import match_label, primary_label, secondary_labels
 from sailer.data.schema import NO_AGREEMENT, PRIMARY_LABELS, SECONDARY_LABELS, UNLABELLED, CorpusError, CorpusReport
 
@@ -92,22 +93,6 @@ class Consensus:
     splits: list[str | None]
 
 
-@dataclass
-class _Problems:
-    """What is wrong in one file: raised, or counted in the report."""
-
-    path: Path
-    strict: bool
-    report: CorpusReport
-
-    def add(self, where: str, what: str, reason: str) -> None:
-        if self.strict:
-            raise CorpusError(
-                f"{self.path}, {where}: {what}. Correct it, or load with strict=False, which counts it instead."
-            )
-        self.report.leave_out(f"{reason} ({self.path.name})", where)
-
-
 def read_annotations(folder: Path, *, strict: bool, report: CorpusReport) -> Annotations | None:
     """The annotators' answers from the detailed labels, in whichever form the folder has them; None if it has none.
 
@@ -120,7 +105,7 @@ def read_annotations(folder: Path, *, strict: bool, report: CorpusReport) -> Ann
     path = find_entry(folder, *DETAILED_NAMES)
     if path is None:
         return None
-    problems = _Problems(path, strict, report)
+    problems = Problems(path, strict, report)
     rows = {".csv": _detailed_csv, ".json": _detailed_json, ".txt": _detailed_text}[path.suffix.lower()](problems)
     clip_of, tag_of, worker_of = {}, {}, {}
     clip, primary, secondary, worker = array("i"), array("b"), array("i"), array("i")
@@ -167,7 +152,7 @@ def read_consensus(folder: Path, *, strict: bool, report: CorpusReport) -> Conse
     path = find_entry(folder, *CONSENSUS_NAMES, "labels.txt")
     if path is None:
         raise CorpusError(f"{folder} has none of {[*CONSENSUS_NAMES, 'labels.txt']}: its clips are unknown.")
-    problems = _Problems(path, strict, report)
+    problems = Problems(path, strict, report)
     rows = {".csv": _consensus_csv, ".json": _consensus_json, ".txt": _consensus_text}[path.suffix.lower()](problems)
     table = Consensus([], [], [], [], [], [])
     first: dict[str, dict[str, str]] = {}
@@ -184,10 +169,10 @@ def read_consensus(folder: Path, *, strict: bool, report: CorpusReport) -> Conse
         else:
             first[name] = fields
             try:
-                split = _split(fields.get("split_set", ""))
+                split = split_name(fields.get("split_set", ""))
             except CorpusError as error:
-                problems.add(where, str(error), "unknown split")
-                continue
+                problems.add(where, f"Split_Set: {error}", "unknown split, taken as NA")
+                split = None
             label = _published_label(fields.get("emoclass", ""), where, problems)
             table.names.append(file)
             table.labels.append(label)
@@ -209,7 +194,7 @@ def read_consensus(folder: Path, *, strict: bool, report: CorpusReport) -> Conse
     return table
 
 
-def _without_doubles(table: Annotations, worker: np.ndarray, problems: _Problems) -> Annotations:
+def _without_doubles(table: Annotations, worker: np.ndarray, problems: Problems) -> Annotations:
     import pandas as pd
 
     answers = pd.DataFrame({"clip": table.clip, "worker": worker, "primary": table.primary})
@@ -218,11 +203,11 @@ def _without_doubles(table: Annotations, worker: np.ndarray, problems: _Problems
         answers[k] = table.attributes[:, k]
     double = answers.duplicated().to_numpy()
     if double.any():
-        problems.report.note(f"{problems.path.name} repeats {int(double.sum())} annotators' rows: each counts once.")
+        problems.report.note(f"{problems.source.name} repeats {int(double.sum())} annotators' rows: each counts once.")
     differing = int(answers[~double].duplicated(["clip", "worker"]).sum())
     if differing:
         problems.report.note(
-            f"{problems.path.name} has {differing} further answers of an annotator to the same clip: all count."
+            f"{problems.source.name} has {differing} further answers of an annotator to the same clip: all count."
         )
     rows = np.flatnonzero(~double)
     return Annotations(
@@ -230,9 +215,9 @@ def _without_doubles(table: Annotations, worker: np.ndarray, problems: _Problems
     )
 
 
-def _detailed_csv(problems: _Problems) -> Iterator[_Answer]:
+def _detailed_csv(problems: Problems) -> Iterator[_Answer]:
     """Rows of labels_detailed.csv in either of its forms."""
-    rows = read_rows(problems.path, problems.report)
+    rows = read_rows(problems.source, problems.report)
     header = [cell.lower() for cell in next(rows, (0, []))[1]]
     columns = ("filename", "workers", "emoclass_major", "emoclass_second", "emoact", "emoval", "emodom")
     if header[:2] == ["filename", "emodetail"]:
@@ -251,11 +236,11 @@ def _detailed_csv(problems: _Problems) -> Iterator[_Answer]:
                 )
     else:
         raise CorpusError(
-            f"{problems.path} has the columns {header}; expected 'FileName,EmoDetail' or {', '.join(columns)}."
+            f"{problems.source} has the columns {header}; expected 'FileName,EmoDetail' or {', '.join(columns)}."
         )
 
 
-def _detailed_json(problems: _Problems) -> Iterator[_Answer]:
+def _detailed_json(problems: Problems) -> Iterator[_Answer]:
     for file, workers in _read_json(problems).items():
         if isinstance(workers, dict) and isinstance(workers.get("Workers"), list):
             answers = [
@@ -274,7 +259,7 @@ def _detailed_json(problems: _Problems) -> Iterator[_Answer]:
                 problems.add(where, f"{str(answer)[:80]} has no EmoClass_Major", "malformed annotator row")
 
 
-def _detailed_text(problems: _Problems) -> Iterator[_Answer]:
+def _detailed_text(problems: Problems) -> Iterator[_Answer]:
     file = ""
     for number, line in _lines(problems):
         heading = _heading(line)
@@ -286,7 +271,7 @@ def _detailed_text(problems: _Problems) -> Iterator[_Answer]:
             problems.add(f"line {number}", "an annotator's row before any clip", "malformed annotator row")
 
 
-def _detail(file: str, text: str, where: str, problems: _Problems) -> Iterator[_Answer]:
+def _detail(file: str, text: str, where: str, problems: Problems) -> Iterator[_Answer]:
     """The one row of an EmoDetail text, or none and a problem."""
     match = _DETAIL.fullmatch(text)
     answers = match[2].split(";") if match else []
@@ -300,12 +285,12 @@ def _detail(file: str, text: str, where: str, problems: _Problems) -> Iterator[_
         )
 
 
-def _consensus_csv(problems: _Problems) -> Iterator[tuple[str, dict[str, str], str]]:
+def _consensus_csv(problems: Problems) -> Iterator[tuple[str, dict[str, str], str]]:
     """File, fields by lower-case name, and place of each row."""
-    rows = read_rows(problems.path, problems.report)
+    rows = read_rows(problems.source, problems.report)
     header = [cell.lower() for cell in next(rows, (0, []))[1]]
     if "filename" not in header:
-        raise CorpusError(f"{problems.path} has the columns {header}; expected {', '.join(CONSENSUS_FIELDS)}.")
+        raise CorpusError(f"{problems.source} has the columns {header}; expected {', '.join(CONSENSUS_FIELDS)}.")
     for number, cells in rows:
         if len(cells) == len(header):
             fields = dict(zip(header, cells, strict=True))
@@ -316,7 +301,7 @@ def _consensus_csv(problems: _Problems) -> Iterator[tuple[str, dict[str, str], s
             )
 
 
-def _consensus_json(problems: _Problems) -> Iterator[tuple[str, dict[str, str], str]]:
+def _consensus_json(problems: Problems) -> Iterator[tuple[str, dict[str, str], str]]:
     for file, value in _read_json(problems).items():
         entry = value[0] if isinstance(value, list) and len(value) == 1 else value
         if isinstance(entry, dict):
@@ -326,7 +311,7 @@ def _consensus_json(problems: _Problems) -> Iterator[tuple[str, dict[str, str], 
             problems.add(f"clip {file}", f"{str(entry)[:80]} is not an object of fields", "malformed consensus row")
 
 
-def _consensus_text(problems: _Problems) -> Iterator[tuple[str, dict[str, str], str]]:
+def _consensus_text(problems: Problems) -> Iterator[tuple[str, dict[str, str], str]]:
     for number, line in _lines(problems):
         file = _heading(line)
         match = _DETAIL.fullmatch(line) if file else None
@@ -337,8 +322,8 @@ def _consensus_text(problems: _Problems) -> Iterator[tuple[str, dict[str, str], 
             problems.add(f"line {number}", f"{line!r} is not 'FILE; class; A:; V:; D:;'", "malformed consensus row")
 
 
-def _lines(problems: _Problems) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(read_text(problems.path, problems.report).split("\n"), start=1):
+def _lines(problems: Problems) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(read_text(problems.source, problems.report).split("\n"), start=1):
         if line.strip():
             yield number, line.strip()
 
@@ -349,7 +334,7 @@ def _heading(line: str) -> str:
     return name if name.lower().endswith(AUDIO_EXTENSIONS) else ""
 
 
-def _read_json(problems: _Problems) -> dict[str, Any]:
+def _read_json(problems: Problems) -> dict[str, Any]:
     """A JSON object whose keys may not occur twice with different content."""
     repeated: list[str] = []
 
@@ -367,19 +352,19 @@ def _read_json(problems: _Problems) -> dict[str, Any]:
         return result
 
     try:
-        content = json.loads(read_text(problems.path, problems.report), object_pairs_hook=unique)
+        content = json.loads(read_text(problems.source, problems.report), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise CorpusError(
-            f"{problems.path}, line {error.lineno}: not valid JSON ({error.msg}). Fetch it again."
+            f"{problems.source}, line {error.lineno}: not valid JSON ({error.msg}). Fetch it again."
         ) from None
     if not isinstance(content, dict):
-        raise CorpusError(f"{problems.path} holds a {type(content).__name__}, not an object with an entry per file.")
+        raise CorpusError(f"{problems.source} holds a {type(content).__name__}, not an object with an entry per file.")
     if repeated:
-        problems.report.note(f"{problems.path.name} repeats {len(repeated)} entries with equal content: read once.")
+        problems.report.note(f"{problems.source.name} repeats {len(repeated)} entries with equal content: read once.")
     return content
 
 
-def _published_label(code: str, where: str, problems: _Problems) -> int:
+def _published_label(code: str, where: str, problems: Problems) -> int:
     if code.upper() == NO_AGREEMENT_CODE:
         return NO_AGREEMENT
     if code.lower() in (*_UNKNOWN, "nan"):
@@ -392,24 +377,11 @@ def _published_label(code: str, where: str, problems: _Problems) -> int:
     return PRIMARY_LABELS.index(label)
 
 
-@cache
-def _split(text: str) -> str | None:
-    """The split that a Split_Set names, or None for NA."""
-    key = text.lower().replace(" ", "").replace("_", "")
-    if key in _UNKNOWN:
-        return None
-    names = {"train": "train", "training": "train"}
-    names |= dict.fromkeys(("development", "dev", "validation", "valid", "val"), "validation")
-    if key not in names and not re.fullmatch(r"test\d*", key):
-        raise CorpusError(f"Split_Set {text!r} is none of Train, Development, Validation, Test1, Test2, Test3, NA")
-    return names.get(key, key)
-
-
 def _known(text: str) -> str:
     return "" if text.lower() in _UNKNOWN else text
 
 
-def _scale_value(value: Any, where: str, problems: _Problems, labelled: bool = True) -> float:
+def _scale_value(value: Any, where: str, problems: Problems, labelled: bool = True) -> float:
     """A rating from 1 to 7; NaN if it is left empty, or was refused and `strict` is not set."""
     try:
         return _rating(value)
