@@ -1,0 +1,49 @@
+"""The synthetic corpus by name: options -> `sailer.data.synthetic`. It reads no folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sailer.data.schema import CorpusError, CorpusReport, LabelSet
+
+READS_FOLDER = False
+
+
+def load(
+    path: Path | None,
+    *,
+    label_set: LabelSet,
+    audio: bool,
+    strict: bool,
+    report: CorpusReport,
+    seed: int = 0,
+    train_clips: int = 700,
+    validation_clips: int = 150,
+    test_clips_per_class: int = 20,
+    annotators: int = 5,
+    speakers: int = 24,
+    emotional_text: float = 0.6,
+) -> dict[str, dict[str, Any]]:
+    """Columns of the canonical row per split, spoken by eSpeak NG; the options are those of `synthetic.make_corpus`.
+
+    Raises:
+        CorpusError: a path is given, or an impossible option.
+        ImportError: audio is asked for and `espeakng-loader` is not installed.
+    """
+    if path is not None:
+        raise CorpusError(f"The synthetic corpus is made, not read: leave out the path {path}.")
+    from sailer.data.synthetic import make_corpus
+
+    report.note("Synthetic speech and simulated annotators: figures on it say nothing of real speech.")
+    return make_corpus(
+        label_set,
+        seed=seed,
+        train_clips=train_clips,
+        validation_clips=validation_clips,
+        test_clips_per_class=test_clips_per_class,
+        annotators=annotators,
+        speakers=speakers,
+        emotional_text=emotional_text,
+        audio=audio,
+    )
