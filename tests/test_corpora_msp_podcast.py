@@ -348,7 +348,7 @@ def test_other_columns_and_missing_folders(tmp_path):
     with pytest.raises(CorpusError, match=r"has none of .*labels_consensus.csv"):
         load(tmp_path / "none")
     edit(write_labels(tmp_path / "columns") / "Labels" / "labels_detailed.csv", "EmoDetail", "Detail")
-    with pytest.raises(CorpusError, match="has the columns .*; expected 'FileName,EmoDetail'"):
+    with pytest.raises(CorpusError, match=r"has the columns .*; expected 'FileName,EmoDetail'"):
         load(tmp_path / "columns")
     with pytest.raises(CorpusError, match="has no folder Audios"):
         load(write_labels(tmp_path / "labels only"), audio=True)
