@@ -20,7 +20,6 @@ from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-
 from transformers import PretrainedConfig
 
 from sailer.data.collator import TEXT_INPUTS, SailerCollator
@@ -175,6 +174,8 @@ class _Shelf:
         Raises:
             ValueError: there is less room than is needed.
         """
+        if not total:
+            return
         pending: dict[str, torch.Tensor] = {}
         for number, (amount, tensors) in enumerate(batches):
             if number == 0:
@@ -195,8 +196,9 @@ class _Shelf:
         size = f"about {_readable(needed)} in {place} ({str(self.dtype).removeprefix('torch.')})"
         if needed > free:
             raise ValueError(
-                f"Features of {what} take {size}, where {_readable(free)} are free. Keep them on disk in a folder "
-                "with room (cache_features, feature_cache_dir), at half the size (feature_dtype: float16), or not at all."
+                f"Features of {what} take {size}, where {_readable(free)} are free. Keep them in a "
+                "folder with room (cache_features: disk, feature_cache_dir), at half the size (feature_dtype: "
+                "float16), or not at all (cache_features: off)."
             )
         tqdm.write(f"Features of {what}: {size}, {_readable(free)} free", file=sys.stderr)
 

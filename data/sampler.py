@@ -1,4 +1,4 @@
-"""Training rows of each epoch: a sampler whose keys carry the epoch, and the dataset that looks them up in its plan."""
+"""Training rows of each epoch: a sampler whose keys carry the epoch, and the dataset that looks up its plan."""
 
 from __future__ import annotations
 
