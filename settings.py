@@ -97,6 +97,7 @@ class DataSettings:
         feature_cache_dir: where on disk; null for a folder below the output folder.
         feature_dtype: precision of the states that are kept.
         preview: write so many augmented clips and their targets before training.
+        shuffled_label_baseline: train the system a second time on shuffled labels, to show what chance gives.
     """
 
     corpus: str = "synthetic"
@@ -112,6 +113,8 @@ class DataSettings:
     feature_cache_dir: str | None = None
     feature_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     preview: int = 0
+    shuffled_label_baseline: bool = False
+    shuffled_label_baseline: bool = False
 
     def label_set(self) -> LabelSet:
         """The primary label set.
@@ -192,13 +195,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def resolve(
-    recipe: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, *, origin: str = "the recipe"
+    recipe: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, *, origin: str = "recipe"
 ) -> Settings:
     """The settings that a recipe and the overrides on top of it amount to.
 
     Each option is a field of ModelSettings, DataSettings, AugmentationSettings, ObjectiveSettings or
     SailerTrainingArguments; one that several of them have is given to each. Values are converted to the field's type
-    where nothing is lost ("5e-4" is a float). An override named `option.key` sets one key of an option that is a mapping.
+    where nothing is lost ("5e-4" is a float). An override named `option.key` sets one key of a mapping.
 
     Args:
         recipe: options by name, as `load_recipe` returns them.
@@ -212,20 +215,20 @@ def resolve(
     parts = _parts()
     known = {name: hint for part in parts.values() for name, hint in _options(part).items()}
     values: dict[str, Any] = {}
-    for source, options in ((origin, recipe), ("the command line", overrides or {})):
+    for source, options in ((origin, recipe), ("command line", overrides or {})):
         for name, value in options.items():
             option, dot, key = name.partition(".")
             if option not in known:
                 raise SettingsError(_unknown_option(option, known, source))
             if dot:
                 if not isinstance(values.get(option, {}), dict):
-                    raise SettingsError(f"Option {name!r} in {source}: {option} is no mapping.")
+                    raise SettingsError(f"Option {name!r} ({source}): {option} is not a mapping.")
                 value = values.get(option, {}) | {key: value}
             try:
                 values[option] = _coerce(value, known[option])
             except (TypeError, ValueError) as error:
                 raise SettingsError(
-                    f"Option {option!r} in {source} is {value!r}, expected {_describe(known[option])}."
+                    f"Option {option!r} ({source}) is {value!r}, expected {_describe(known[option])}."
                 ) from error
     built = {
         name: part(**{option: values[option] for option in _options(part) if option in values})
@@ -324,7 +327,7 @@ def _check(settings: Settings) -> None:
 def _unknown_option(name: str, known: Mapping[str, Any], source: str) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "`sailer train --help` lists the options."
-    return f"Unknown option {name!r} in {source}; {hint}"
+    return f"Unknown option {name!r} ({source}): {hint}"
 
 
 def _parse_value(name: str, text: str) -> Any:
@@ -373,7 +376,7 @@ def _coerce(value: Any, hint: Any) -> Any:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _in_yaml(value: Any) -> str:

@@ -1,0 +1,219 @@
+"""The `sailer` command: each subcommand reads its options here and leaves the work to the module that does it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sailer.settings import DataSettings, SettingsError, bundled_recipes, option_help, parse_overrides
+
+DEFAULT_RECIPE = "recipes/demo.yaml"
+EXPECTED_ERRORS = (ValueError, OSError, ImportError)
+# Commands whose options are not known here: those of a recipe, and those of a corpus.
+OPEN_COMMANDS = ("train", "data")
+LABEL_OPTIONS = ("labels", "majority_labels", "scored_labels")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; by default that of this process.
+
+    Returns:
+        Exit status: 0, 2 for a wrong input (told on stderr, with a traceback only if SAILER_DEBUG=1), 130 for an
+        interruption, or what the command returns.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.getLogger("sailer").setLevel(logging.INFO)
+    words, options = _split(list(sys.argv[1:] if arguments is None else arguments))
+    command = _parser().parse_args(words)
+    command.options = options
+    try:
+        result = command.run(command)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except EXPECTED_ERRORS as error:
+        if os.environ.get("SAILER_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if isinstance(result, str | Path):
+        print(f"Result: {result}")
+    return result if isinstance(result, int) else 0
+
+
+def train(command: argparse.Namespace) -> None:
+    """Train, evaluate and save a system."""
+    _function("train", "run")(command.recipe, parse_overrides(command.options))
+
+
+def evaluate(command: argparse.Namespace) -> Path | None:
+    """Evaluate one system, or the mean of several, on a split of a corpus."""
+    return _function("evaluation", "evaluate_models")(
+        command.models,
+        command.corpus,
+        command.data_dir,
+        command.split,
+        command.output_dir,
+        corpus_options=_mapping("corpus_options", command.corpus_options),
+        batch_size=command.batch_size,
+    )
+
+
+def predict(command: argparse.Namespace) -> Path | int | None:
+    """Predict the emotions of recordings."""
+    return _function("predict", "main")(command)
+
+
+def convert(command: argparse.Namespace) -> Path:
+    """Convert a checkpoint in the authors' format."""
+    return _function("conversion", "convert")(
+        command.source, command.destination, audio_backbone=command.audio_backbone
+    )
+
+
+def data(command: argparse.Namespace) -> Path | None:
+    """Print a corpus's statistics; with an output folder, save its rows there too."""
+    from sailer.data import load_corpus
+    from sailer.data.schema import CorpusReport
+
+    options = parse_overrides(command.options)
+    output_dir = options.pop("output_dir", None)
+    label_set = DataSettings(**{name: options.pop(name) for name in LABEL_OPTIONS if name in options}).label_set()
+    report = CorpusReport()
+    corpus = load_corpus(command.name, command.data_dir, label_set=label_set, report=report, **options)
+    print(_function("data.statistics", "describe")(corpus, report))
+    return _function("data.statistics", "save")(corpus, output_dir) if output_dir else None
+
+
+def push(command: argparse.Namespace) -> str:
+    """Upload a saved system to the Hub; its address."""
+    return _function("publishing", "push")(command.folder, command.repo_id, private=command.private)
+
+
+def recipes(command: argparse.Namespace) -> None:
+    """List the recipes that come with the package, each with the first line of its file."""
+    files = bundled_recipes()
+    width = max(map(len, files), default=0)
+    for name, path in files.items():
+        with path.open(encoding="utf-8") as file:
+            print(f"{name:{width}}  {file.readline().lstrip('# ').rstrip()}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sailer",
+        description="Emotion recognition in natural speech: train, evaluate and use SAILER systems.",
+        epilog="SAILER_DEBUG=1 shows the traceback of an error.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(run: Callable[[argparse.Namespace], Any], usage: str, details: Callable[[], str] | None = None):
+        summary = run.__doc__.split(";")[0].rstrip(".")
+        added = commands.add_parser(
+            run.__name__, help=summary, description=f"{summary}.", usage=f"sailer {usage}", add_help=not details
+        )
+        added.set_defaults(run=run)
+        if details:
+            added.add_argument("-h", "--help", action=_DetailedHelp, details=details, help="show this and the options")
+        return added
+
+    added = add(train, "train [RECIPE] [--option value ...]", option_help)
+    added.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="a YAML file, or a name of `sailer recipes`")
+
+    added = add(evaluate, "evaluate MODEL... --corpus NAME [--data_dir DIR] [options]")
+    added.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids; several are averaged")
+    added.add_argument("--corpus", required=True, metavar="NAME", help="see `sailer data --help`")
+    added.add_argument("--data_dir", metavar="DIR", help="the corpus's folder")
+    added.add_argument("--split", default="test", metavar="S")
+    added.add_argument("--output_dir", type=Path, metavar="DIR", help="for the metrics and the confusion matrix")
+    added.add_argument("--corpus_options", default="{}", metavar="YAML", help="as in a recipe: '{option: value}'")
+    added.add_argument("--batch_size", type=int, default=8, metavar="N")
+
+    added = add(predict, "predict MODEL PATH... [options]")
+    added.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    added.add_argument("paths", nargs="+", metavar="PATH", help="audio files, folders or globs")
+    added.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help=".csv or .jsonl")
+    added.add_argument("--timeline", action="store_true", help="a row per window, and a PNG of the emotions over time")
+    added.add_argument("--embeddings", type=Path, metavar="FILE", help="save the embeddings too")
+    added.add_argument(
+        "--min_confidence", type=float, default=0.0, metavar="P", help="mark clips below it as undecided"
+    )
+    added.add_argument("--transcriber", metavar="MODEL", help="speech recognition for systems that read transcripts")
+    added.add_argument("--prior", choices=("balanced", "natural"), default="balanced", help="what the scores mean")
+    added.add_argument("--batch_size", type=int, default=8, metavar="N")
+    added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+
+    added = add(convert, "convert SRC DST [--audio_backbone DIR]")
+    added.add_argument("source", metavar="SRC", help="folder or Hub id")
+    added.add_argument("destination", type=Path, metavar="DST", help="folder to write")
+    added.add_argument("--audio_backbone", metavar="DIR", help="backbone, where it is not the released one")
+
+    added = add(data, "data NAME [DIR] [--output_dir DIR] [--option value ...]", _corpus_help)
+    added.add_argument("name", metavar="NAME", help="the corpus")
+    added.add_argument("data_dir", nargs="?", metavar="DIR", help="its folder")
+
+    added = add(push, "push DIR REPO_ID [--private]")
+    added.add_argument("folder", type=Path, metavar="DIR")
+    added.add_argument("repo_id", metavar="REPO_ID", help="USER/NAME")
+    added.add_argument("--private", action="store_true", help="make a new repository private")
+
+    add(recipes, "recipes")
+    return parser
+
+
+class _DetailedHelp(argparse.Action):
+    """Help that ends with what takes time to look up, and is looked up only when asked for."""
+
+    def __init__(self, *arguments: Any, details: Callable[[], str], **options: Any) -> None:
+        super().__init__(*arguments, nargs=0, default=argparse.SUPPRESS, **options)
+        self.details = details
+
+    def __call__(self, parser: argparse.ArgumentParser, *ignored: Any) -> None:
+        parser.print_help()
+        print(f"\n{self.details()}", end="")
+        parser.exit()
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The words that argparse reads, and the options of an open command."""
+    if not arguments or arguments[0] not in OPEN_COMMANDS:
+        return arguments, []
+    if {"-h", "--help"} & set(arguments):
+        return [arguments[0], "--help"], []
+    first = next((i for i, word in enumerate(arguments) if word.startswith("--")), len(arguments))
+    return arguments[:first], arguments[first:]
+
+
+def _corpus_help() -> str:
+    from sailer.data.corpora import corpus_names, corpus_options
+
+    lines = (f"  {name}: {', '.join(corpus_options(name)) or 'no options'}" for name in corpus_names())
+    return "\n".join(
+        [f"options of every corpus: {', '.join((*LABEL_OPTIONS, 'audio', 'strict'))}", "options of each:", *lines, ""]
+    )
+
+
+def _mapping(option: str, text: str) -> dict[str, Any]:
+    value = parse_overrides([f"--{option}", text])[option]
+    if not isinstance(value, dict):
+        raise SettingsError(f"--{option} is {text!r}, expected a mapping such as '{{option: value}}'.")
+    return value
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    # Imported when called: `sailer --help` must not wait for torch.
+    return getattr(importlib.import_module(f"sailer.{module}"), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""What happened in training goes in; a confusion matrix, a training curve (PNG) and a model card come out."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CARD_TEMPLATE = Path(__file__).parent / "model_cards" / "template.md.jinja"
+CARD_TAGS = ("speech-emotion-recognition", "emotion", "sailer")
+# What the card's metadata calls each figure of the report: the Hub's name of the metric, and the one it shows.
+CARD_METRICS = {
+    "macro_f1": ("f1", "Macro-F1"),
+    "accuracy": ("accuracy", "Accuracy"),
+    "uar": ("recall", "Unweighted recall"),
+}
+# What the right panel of the training curve shows, of whatever was measured.
+CURVE_METRICS = ("macro_f1", "accuracy", "uar", "min_map")
+# Keys of the Trainer's log that are neither losses nor metrics.
+NOT_LOSSES = ("epoch", "step", "learning_rate", "grad_norm", "num_input_tokens_seen", "total_flos")
+# Keys of an evaluation that say how long it took.
+NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+PACKAGES = ("sailer", "torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` when the block ends, and is gone when the block fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def plot_confusion(labels: Sequence[int], predictions: Sequence[int], names: Sequence[str], path: str | Path) -> Path:
+    """Draw a confusion matrix: a row per true class, coloured by its share of the row, with counts.
+
+    Args:
+        labels, predictions: (clips,) indices into `names`; clips that are not scored must be left out before.
+        names: the classes.
+        path: PNG to write.
+
+    Raises:
+        ValueError: unequal lengths, or an index outside `names`.
+    """
+    labels, predictions = np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)
+    if labels.shape != predictions.shape:
+        raise ValueError(f"{labels.size} labels but {predictions.size} predictions.")
+    both = np.concatenate([labels, predictions])
+    if both.size and not 0 <= both.min() <= both.max() < len(names):
+        raise ValueError(f"A class index is outside 0 to {len(names) - 1}, the classes {list(names)}.")
+    counts = np.bincount(labels * len(names) + predictions, minlength=len(names) ** 2).reshape(len(names), -1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+    figure, (axes,) = _figure(1, width=2.2 + 0.75 * len(names), height=1.8 + 0.62 * len(names))
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for row, column in np.ndindex(counts.shape):
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(
+        range(len(names)), [f"{name} ({total})" for name, total in zip(names, counts.sum(axis=1), strict=True)]
+    )
+    axes.set(xlabel="predicted", ylabel="true (clips)")
+    figure.colorbar(image, label="share of the true class")
+    return _save(figure, path)
+
+
+def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
+    """Draw the losses (all parts, training and validation) and the validation metrics over the epochs.
+
+    Args:
+        log_history: `Trainer.state.log_history`; training entries hold "loss" and its parts "loss_...", evaluation
+            entries "eval_loss" and "eval_..." metrics.
+        path: PNG to write.
+
+    Raises:
+        ValueError: nothing was logged.
+    """
+    training = [entry for entry in log_history if "loss" in entry]
+    evaluation = [entry for entry in log_history if "eval_loss" in entry]
+    if not training and not evaluation:
+        raise ValueError("The training log has no loss: log at least once (logging_strategy, logging_steps).")
+    figure, (losses, metrics) = _figure(2, width=11, height=4.2)
+    parts = sorted({key for entry in training for key in entry} - {*NOT_LOSSES, "loss"})
+    for key in ("loss", *parts):
+        label = "training, all" if key == "loss" else f"training, {key.removeprefix('loss_')}"
+        _curve(losses, training, key, label, width=2.0 if key == "loss" else 1.0)
+    _curve(losses, evaluation, "eval_loss", "validation, all", width=2.0, style="--")
+    losses.set(xlabel="epoch", ylabel="loss")
+    for key in CURVE_METRICS:
+        _curve(metrics, evaluation, f"eval_{key}", key.replace("_", " "))
+    metrics.set(xlabel="epoch", ylabel="validation metric", ylim=(0, 1))
+    for axes in (losses, metrics):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    return _save(figure, path)
+
+
+def environment_facts() -> dict[str, Any]:
+    """The card's `date`, `hardware` and `versions` of this process."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    packages = {name: version(name) for name in PACKAGES}
+    return {
+        "date": date.today().isoformat(),
+        "hardware": f"{device}, {os.cpu_count()} cores",
+        "versions": {"Python": platform.python_version()} | packages,
+    }
+
+
+def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the model card.
+
+    Args:
+        facts: what happened.
+            model_name: the title. model_id: the folder or Hub id that the example loads.
+            audio_backbone, text_backbone (None: speech only), audio_layers, heads, labels, scored_labels.
+            corpus: its name. synthetic: whether its speech is.
+            statistics: split -> {class: clips}.
+            settings: the recipe as resolved, YAML.
+            metrics: split -> figures of `sailer.metrics.emotion_report`.
+            baselines: split -> {baseline: {metric: value}}, optional.
+            training: {what: value}, listed under Training, optional.
+            files: {picture beside the card: caption}, optional.
+            limits: further limits, a sentence each, optional.
+            license, language, date, hardware, versions: optional; Apache-2.0, none, and those of this process.
+        path: Markdown file to write.
+
+    Raises:
+        ValueError: a fact that the card needs is missing; the message names it.
+    """
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment, StrictUndefined, UndefinedError
+
+    optional = {
+        "synthetic": False,
+        "baselines": {},
+        "training": {},
+        "files": {},
+        "limits": [],
+        "license": "apache-2.0",
+    }
+    facts = optional | environment_facts() | dict(facts)
+    template = CARD_TEMPLATE.read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    try:
+        backbones = (facts["audio_backbone"], facts["text_backbone"])
+        card_data = ModelCardData(
+            base_model=[name for name in backbones if _is_hub_id(name)] or None,
+            eval_results=_evaluation_results(facts["corpus"], facts["metrics"]),
+            language=facts.get("language"),
+            library_name="transformers",
+            license=facts["license"],
+            metrics=[kind for kind, _ in CARD_METRICS.values()],
+            model_name=facts["model_name"],
+            pipeline_tag="audio-classification",
+            tags=list(CARD_TAGS),
+        )
+        facts["card_data"] = card_data.to_yaml()
+        facts["results"] = {
+            split: _result_tables(values, facts["baselines"].get(split, {}), facts["scored_labels"])
+            for split, values in facts["metrics"].items()
+        }
+        facts["statistics_table"] = _statistics_table(facts["statistics"])
+        facts["versions"] = [" ".join(item) for item in facts["versions"].items()]
+        text = environment.from_string(template).render(facts)
+    except (KeyError, UndefinedError) as error:
+        raise ValueError(f"The model card lacks a fact: {error}.") from error
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def _evaluation_results(corpus: str, metrics: Mapping[str, Mapping[str, float]]) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="audio-classification",
+            dataset_type=corpus,
+            dataset_name=f"{corpus} ({split})",
+            dataset_split=split,
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(values[name], 4),
+        )
+        for split, values in metrics.items()
+        for name, (kind, title) in CARD_METRICS.items()
+        if math.isfinite(values.get(name, math.nan))
+    ]
+
+
+def _result_tables(
+    values: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]], scored_labels: Sequence[str]
+) -> list[str]:
+    """The figures of a whole split beside the baselines, and those of each class."""
+    overall = [name for name in values if not name.startswith(("f1_", "ap_", "loss", *NOT_METRICS))]
+    tables = [
+        _table(
+            ["", "this system", *baselines],
+            [[name, values[name], *(baseline.get(name) for baseline in baselines.values())] for name in overall],
+        )
+    ]
+    by_class = [[label, values.get(f"f1_{label}"), values.get(f"ap_{label}")] for label in scored_labels]
+    by_class = [row for row in by_class if row[1:] != [None, None]]
+    return [*tables, _table(["emotion", "F1", "average precision"], by_class)] if by_class else tables
+
+
+def _statistics_table(statistics: Mapping[str, Mapping[str, int]]) -> str:
+    names = dict.fromkeys(name for counts in statistics.values() for name in counts)
+    rows = [[name, *(counts.get(name, 0) for counts in statistics.values())] for name in names]
+    return _table(["", *statistics], [*rows, ["all", *(sum(counts.values()) for counts in statistics.values())]])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; the first column holds names, the others numbers."""
+    rules = ["---", *["---:"] * (len(header) - 1)]
+    lines = [header, rules, *([name, *map(_number, numbers)] for name, *numbers in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    """Counts as they are, other numbers with three decimals, a dash for what is not known."""
+    if value is None or math.isnan(value):
+        return "-"
+    return (
+        f"{value:,.0f}" if float(value).is_integer() and (isinstance(value, int) or abs(value) > 1) else f"{value:.3f}"
+    )
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return bool(name and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)) and not (
+        name.startswith("tiny-") or Path(name).exists()
+    )
+
+
+def _curve(
+    axes: Axes, entries: Sequence[Mapping[str, float]], key: str, label: str, width: float = 1.5, style: str = "-"
+) -> None:
+    points = [(entry["epoch"], entry[key]) for entry in entries if key in entry]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width, marker="o", markersize=3)
+
+
+def _figure(columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    # Not through pyplot, which would keep the figure and may ask for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
+    return Path(path)

@@ -1,0 +1,209 @@
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from sailer.cli import main
+from sailer.data.schema import LabelSet
+from sailer.settings import SettingsError
+
+HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "matplotlib", "librosa", "pandas")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Stand-ins for the modules that do the work; each call is noted as (function, positional, named)."""
+    noted: list = []
+
+    def stand_in(module: str, result: object, *names: str) -> None:
+        functions = {
+            name: lambda *values, _name=name, **options: noted.append((_name, values, options)) or result
+            for name in names
+        }
+        monkeypatch.setitem(sys.modules, f"sailer.{module}", types.SimpleNamespace(**functions))
+
+    stand_in("train", Path("out"), "run")
+    stand_in("evaluation", Path("figures"), "evaluate_models")
+    stand_in("predict", 3, "main")
+    stand_in("conversion", Path("converted"), "convert")
+    stand_in("publishing", "https://huggingface.co/me/it", "push")
+    return noted
+
+
+def run_python(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+
+def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from sailer.cli import main
+from sailer.data.schema import LabelSet
+try:
+    main(["--help"])
+finally:
+    print("loaded:", [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = run_python(code, tmp_path)
+    assert "loaded: []" in done.stdout
+    for command in ("train", "evaluate", "predict", "convert", "data", "push", "recipes"):
+        assert f"    {command} " in done.stdout
+
+
+def test_recipes_lists_names_with_their_first_line(capsys: pytest.CaptureFixture) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines][:1] == ["demo"]
+    assert all("#" not in line and len(line.split()) > 3 for line in lines)
+
+
+def test_train_passes_recipe_and_options(calls: list) -> None:
+    assert main(["train", "recipes/demo.yaml", "--learning_rate", "5e-4", "--heads", "primary", "age", "--bf16"]) == 0
+    options = {"learning_rate": "5e-4", "heads": ["primary", "age"], "bf16": True}
+    assert calls == [("run", ("recipes/demo.yaml", options), {})]
+
+
+def test_train_without_a_recipe_is_the_demo(calls: list) -> None:
+    assert main(["train", "--seed", "3"]) == 0
+    assert calls == [("run", ("recipes/demo.yaml", {"seed": 3}), {})]
+
+
+def test_evaluate(calls: list, capsys: pytest.CaptureFixture) -> None:
+    line = "evaluate a b --corpus ravdess --data_dir d --split validation --output_dir o --batch_size 4"
+    assert main([*line.split(), "--corpus_options", "{test_actors: 21-24}"]) == 0
+    named = {"corpus_options": {"test_actors": "21-24"}, "batch_size": 4}
+    assert calls == [("evaluate_models", (["a", "b"], "ravdess", "d", "validation", Path("o")), named)]
+    assert capsys.readouterr().out.splitlines()[-1] == "Result: figures"
+
+
+def test_evaluate_refuses_corpus_options_that_are_no_mapping(calls: list, capsys: pytest.CaptureFixture) -> None:
+    assert main(["evaluate", "a", "--corpus", "ravdess", "--corpus_options", "21"]) == 2
+    assert "--corpus_options is '21', expected a mapping" in capsys.readouterr().err
+    assert not calls
+
+
+def test_predict_gives_its_own_exit_status(calls: list) -> None:
+    assert main(["predict", "model", "a.wav", "folder", "--min_confidence", "0.5", "--timeline"]) == 3
+    ((_, (arguments,), _),) = calls
+    assert (arguments.model, arguments.paths) == ("model", ["a.wav", "folder"])
+    assert (arguments.min_confidence, arguments.timeline, arguments.prior) == (0.5, True, "balanced")
+
+
+def test_convert_and_push(calls: list, capsys: pytest.CaptureFixture) -> None:
+    assert main(["convert", "me/theirs", "mine", "--audio_backbone", "b"]) == 0
+    assert main(["push", "mine", "me/it", "--private"]) == 0
+    assert calls == [
+        ("convert", ("me/theirs", Path("mine")), {"audio_backbone": "b"}),
+        ("push", (Path("mine"), "me/it"), {"private": True}),
+    ]
+    assert capsys.readouterr().out.splitlines() == ["Result: converted", "Result: https://huggingface.co/me/it"]
+
+
+def test_data_passes_options_to_the_corpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import sailer.data
+
+    loaded = []
+    monkeypatch.setattr(
+        sailer.data, "load_corpus", lambda *values, **options: loaded.append((values, options)) or "rows"
+    )
+    statistics = types.SimpleNamespace(
+        describe=lambda corpus, report: f"table of {corpus}", save=lambda *values: values[1]
+    )
+    monkeypatch.setitem(sys.modules, "sailer.data.statistics", statistics)
+    assert (
+        main(
+            [
+                "data",
+                "ravdess",
+                "folder",
+                "--test_actors",
+                "19",
+                "20",
+                "--output_dir",
+                "out",
+                "--labels",
+                "Angry",
+                "Sad",
+            ]
+        )
+        == 0
+    )
+    assert loaded[0][0] == ("ravdess", "folder")
+    assert loaded[0][1].pop("report").left_out == {}
+    assert loaded[0][1].pop("label_set") == LabelSet(labels=("Angry", "Sad"), majority=("Sad", "Angry"))
+    assert loaded[0][1] == {"test_actors": [19, 20]}
+    assert capsys.readouterr().out.splitlines() == ["table of rows", "Result: out"]
+
+
+def test_data_help_lists_corpora_and_their_options(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "ravdess", "--help"])
+    assert ended.value.code == 0
+    assert "  ravdess: train_actors, validation_actors, test_actors" in capsys.readouterr().out
+
+
+def test_train_help_lists_the_options(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "demo", "-h"])
+    assert ended.value.code == 0
+    assert "--mixing_probability  float, default 0.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error", [SettingsError("no such thing"), FileNotFoundError("no such thing"), ImportError("no such thing")]
+)
+def test_an_expected_error_is_one_line_and_status_2(
+    error: Exception, calls: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*ignored: object) -> None:
+        raise error
+
+    sys.modules["sailer.train"].run = fail
+    assert main(["train", "demo"]) == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
+    monkeypatch.setenv("SAILER_DEBUG", "1")
+    with pytest.raises(type(error), match="no such thing"):
+        main(["train", "demo"])
+
+
+def test_an_interruption_is_status_130_and_a_bug_keeps_its_traceback(calls: list) -> None:
+    def interrupted(*ignored: object) -> None:
+        raise KeyboardInterrupt
+
+    def broken(*ignored: object) -> None:
+        raise RuntimeError("a bug")
+
+    sys.modules["sailer.train"].run = interrupted
+    assert main(["train"]) == 130
+    sys.modules["sailer.train"].run = broken
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "error: Recipe nowhere.yaml does not exist"),
+        (["train", "demo", "--learnin_rate", "1"], "did you mean 'learning_rate'?"),
+        (["data", "ravdess", "nowhere"], "error: The folder nowhere of corpus 'ravdess' does not exist"),
+        (["push", "nowhere", "me/it"], "error: nowhere is not a folder"),
+    ],
+)
+def test_wrong_input_is_told_by_the_module_that_finds_it(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["convert", "source"], ["evaluate", "model"], ["recipes", "--all"]]
+)
+def test_a_wrong_command_line_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: sailer" in capsys.readouterr().err

@@ -1,0 +1,224 @@
+"""The root is the package: what is installed, what it costs to import, and what make says on a bare machine."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+# Every .py file in the root enters the wheel: a new one is a module of the package and listed here, or is out of place.
+ROOT_MODULES = {
+    "__init__",
+    "calibration",
+    "cli",
+    "configuration_sailer",
+    "conversion",
+    "evaluation",
+    "losses",
+    "metrics",
+    "modeling_sailer",
+    "pipeline_sailer",
+    "predict",
+    "processing_sailer",
+    "publishing",
+    "reporting",
+    "settings",
+    "tiny_backbones",
+    "train",
+    "trainer",
+}
+WANTED = re.compile(
+    rf"""sailer/({"|".join(sorted(ROOT_MODULES))})\.py
+    | sailer/data/(corpora/)?\w+\.py
+    | sailer/recipes/\w+\.yaml
+    | sailer/backbone_configs/[\w-]+\.json
+    | sailer/model_cards/template\.md\.jinja
+    | sailer-[\d.]+\.dist-info/(METADATA|RECORD|WHEEL|entry_points\.txt|top_level\.txt|licenses/LICENSE)
+    """,
+    re.VERBOSE,
+)
+
+
+def unwanted(names: list[str]) -> list[str]:
+    """What a wheel holds and should not."""
+    return [name for name in names if not WANTED.fullmatch(name)]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a clean copy, built with what is installed."""
+    pytest.importorskip("setuptools", reason="building the wheel needs setuptools: pip install -e .[dev]")
+    folder = tmp_path_factory.mktemp("wheel")
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "outputs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "copy", ignore=left_out)
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet", "--wheel-dir", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(folder / "copy")], check=True, timeout=300)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_package_its_recipes_and_its_card_template_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert unwanted(names) == []
+    sources = [path.relative_to(ROOT) for path in (ROOT / "data").rglob("*.py")]
+    sources += [Path(f"{name}.py") for name in ROOT_MODULES if (ROOT / f"{name}.py").exists()]
+    sources += [
+        path.relative_to(ROOT) for path in (*ROOT.glob("recipes/*.yaml"), *ROOT.glob("backbone_configs/*.json"))
+    ]
+    sources.append(Path("model_cards/template.md.jinja"))
+    assert sorted(f"sailer/{path.as_posix()}" for path in sources) == sorted(
+        n for n in names if n.startswith("sailer/")
+    )
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sailer/conftest.py", "sailer/setup.py", "sailer/tests/test_cli.py", "tests/test_cli.py", "train.py"),
+        *("sailer/benchmarks/labels.py", "sailer/model_cards/demo.md", "sailer/setup.cfg", "sailer/data/clip.wav"),
+    ],
+)
+def test_what_does_not_belong_into_a_wheel_is_noticed(name: str) -> None:
+    assert unwanted(["sailer/cli.py", name]) == [name]
+
+
+def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(target)]
+    subprocess.run([*install, str(wheel)], check=True, timeout=300)
+    code = (
+        "import sailer, sailer.cli, sailer.reporting; print(sailer.__file__);"
+        "assert sailer.reporting.CARD_TEMPLATE.is_file(); sailer.cli.main(['recipes'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    file, *recipes = done.stdout.splitlines()
+    assert Path(file).is_relative_to(target)
+    assert [line.split()[0] for line in recipes] == sorted(path.stem for path in ROOT.glob("recipes/*.yaml"))
+    assert "sailer = sailer.cli:main" in next(target.glob("*.dist-info/entry_points.txt")).read_text()
+
+
+def test_import_is_quick_and_brings_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import sailer; print(time.perf_counter() - start);"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    # The best of three: the machine may be busy.
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.split("\n")
+        for _ in range(3)
+    ]
+    assert {run[1] for run in runs} == {"[]"}
+    assert min(float(run[0]) for run in runs) < 0.3
+
+
+def test_public_names_are_all_there() -> None:
+    import sailer
+
+    assert [name for name in sailer.__all__ if getattr(sailer, name, None) is None] == []
+    assert set(sailer.__all__) <= set(dir(sailer))
+    with pytest.raises(AttributeError, match="no attribute 'SailerModle'"):
+        sailer.SailerModle  # noqa: B018
+
+
+def test_no_root_module_hides_another_package() -> None:
+    names = {path.stem for path in ROOT.glob("*.py")} | {"data", "recipes"}
+    assert names & (set(packages_distributions()) | sys.stdlib_module_names) - {"__init__"} == set()
+
+
+def requirements() -> list[Requirement]:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    groups = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    return [Requirement(line) for group in groups for line in group.split("\n") if line]
+
+
+def test_constraints_pin_every_requirement_within_its_range() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines), "a plain release each: no path, no +cpu"
+    pins = {name.lower().replace("_", "-"): Version(version) for name, version in (line.split("==") for line in lines)}
+    assert len(pins) == len(lines)
+    for requirement in requirements():
+        assert pins[requirement.name.lower().replace("_", "-")] in requirement.specifier, str(requirement)
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """Runs make on the Makefile in an empty checkout; the output of both streams and the status."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def run(*arguments: str) -> tuple[str, int]:
+        done = subprocess.run(["make", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr, done.returncode
+
+    return run
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "style", "bench"])
+def test_each_target_sets_itself_up_from_constraints_first(target: str, make) -> None:
+    output, status = make("--dry-run", target, "BENCHMARKS=a.py")
+    assert status == 0
+    assert output.index("-m venv") < output.index("pip install") < output.index("-c constraints.txt -e '.[dev]'")
+
+
+def test_set_up_is_not_repeated_until_its_files_change(make, tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "installed").touch()
+    assert "pip install" not in make("--dry-run", "test")[0]
+    later = (tmp_path / ".venv" / "installed").stat().st_mtime + 60
+    os.utime(tmp_path / "constraints.txt", (later, later))
+    assert "pip install" in make("--dry-run", "test")[0]
+
+
+def test_make_says_which_python_it_needs(make, tmp_path: Path) -> None:
+    output, status = make("test", "PYTHON=no-such-python")
+    assert status and "no 'no-such-python' here; install Python 3.11 or later" in output
+    old = tmp_path / "old-python"
+    patched = "import sys; sys.version_info = (3, 9, 2); sys.version = '3.9.2 (old)'; exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{patched}" "$2"\n')
+    old.chmod(0o755)
+    output, status = make("demo", f"PYTHON={old}")
+    assert status and "sailer needs Python 3.11 or later, this is 3.9.2" in output
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_continuous_integration_runs_tests_and_demo_and_ends_with_the_count(tmp_path: Path) -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(script, tmp_path / ".ci")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "make").write_text(
+        '#!/bin/sh\necho "make $1, CI=$CI"\n[ "$1" = test ] && echo "===== 3 passed, 1 skipped in 2.10s ====="\n'
+        '[ "$1" != "$FAIL" ]\n'
+    )
+    (tools / "make").chmod(0o755)
+
+    def run(**extra: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"} | extra
+        return subprocess.run([tmp_path / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60)
+
+    lines = run().stdout.splitlines()
+    assert lines[0] == "make test, CI=true" and lines[2] == "make demo, CI=true"
+    assert lines[-1] == "===== 3 passed, 1 skipped in 2.10s ====="
+    assert run(FAIL="test").returncode and "make demo" not in run(FAIL="test").stdout
+    assert run(FAIL="demo").returncode

@@ -1,0 +1,227 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sailer.reporting import environment_facts, plot_confusion, plot_training, render_card, replacing
+
+LABELS = ["Angry", "Happy", "Sad", "Other"]
+
+
+@pytest.fixture
+def facts() -> dict:
+    return {
+        "model_name": "a-system",
+        "model_id": "me/a-system",
+        "audio_backbone": "openai/whisper-base",
+        "text_backbone": "tiny-text",
+        "audio_layers": "last",
+        "heads": ["primary", "sex"],
+        "labels": LABELS,
+        "scored_labels": LABELS[:-1],
+        "corpus": "ravdess",
+        "statistics": {"train": {"Angry": 1200, "No agreement": 2}, "test": {"Angry": 1, "Sad": 4}},
+        "settings": "corpus: ravdess\nseed: 0\n",
+        "metrics": {
+            "validation": {"macro_f1": 0.25, "accuracy": math.nan},
+            "test": {
+                "clips": 400.0,
+                "loss": 1.5,
+                "loss_primary": 1.5,
+                "macro_f1": 0.41237,
+                "accuracy": 0.5,
+                "uar": 0.375,
+                "f1_Angry": 0.125,
+                "ap_Angry": 0.0,
+                "f1_Sad": 1.0,
+                "runtime": 3.0,
+            },
+        },
+        "baselines": {"test": {"always the commonest class": {"macro_f1": 0.0625}}},
+        "training": {"epochs": 15},
+        "files": {"training_curve.png": "Losses"},
+        "limits": ["Actors, not talkers."],
+    }
+
+
+def pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_confusion_matrix_is_a_picture_of_the_counts(tmp_path: Path) -> None:
+    right = plot_confusion([0, 1, 2], [0, 1, 2], LABELS, tmp_path / "new" / "right.png")
+    wrong = plot_confusion([0, 1, 2], [1, 2, 0], LABELS, tmp_path / "wrong.png")
+    assert pixels(right).shape == pixels(wrong).shape
+    assert (pixels(right) != pixels(wrong)).any()
+    assert pixels(plot_confusion([], [], LABELS, tmp_path / "empty.png")).size
+
+
+def test_confusion_matrix_writes_the_counts_and_the_clips_of_each_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr("sailer.reporting._save", lambda figure, path: figures.append(figure))
+    plot_confusion([0, 0, 0, 2], [0, 1, 1, 2], LABELS[:3], tmp_path / "confusion.png")
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "0", "0", "0", "0", "0", "0", "1"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Angry (3)", "Happy (0)", "Sad (1)"]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[1 / 3, 2 / 3, 0], [0, 0, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "message"),
+    [([0, 1], [0], "2 labels but 1 predictions"), ([-1], [0], "outside 0 to 3"), ([0], [4], "outside 0 to 3")],
+)
+def test_confusion_matrix_refuses_what_does_not_fit(
+    labels: list[int], predictions: list[int], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plot_confusion(labels, predictions, LABELS, tmp_path / "confusion.png")
+    assert not any(tmp_path.iterdir())
+
+
+def test_training_curve_shows_losses_with_their_parts_and_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = [
+        {
+            "loss": 2.0,
+            "loss_primary": 1.5,
+            "loss_age": 0.5,
+            "grad_norm": 9.0,
+            "learning_rate": 1e-3,
+            "epoch": 1.0,
+            "step": 4,
+        },
+        {"eval_loss": 3.0, "eval_macro_f1": 0.2, "eval_runtime": 1.0, "epoch": 1.0, "step": 4},
+        {
+            "loss": 1.0,
+            "loss_primary": 0.8,
+            "loss_age": 0.2,
+            "grad_norm": 8.0,
+            "learning_rate": 0.0,
+            "epoch": 2.0,
+            "step": 8,
+        },
+        {"eval_loss": 2.5, "eval_macro_f1": 0.3, "eval_runtime": 1.0, "epoch": 2.0, "step": 8},
+        {"train_runtime": 5.0, "train_loss": 1.5, "epoch": 2.0, "step": 8},
+    ]
+    assert pixels(plot_training(history, tmp_path / "curve.png")).size
+    figures = []
+    monkeypatch.setattr("sailer.reporting._save", lambda figure, path: figures.append(figure))
+    plot_training(history, tmp_path / "curve.png")
+    losses, metrics = (
+        {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figures[0].axes
+    )
+    assert losses == {
+        "training, all": [[1, 2.0], [2, 1.0]],
+        "training, age": [[1, 0.5], [2, 0.2]],
+        "training, primary": [[1, 1.5], [2, 0.8]],
+        "validation, all": [[1, 3.0], [2, 2.5]],
+    }
+    assert metrics == {"macro f1": [[1, 0.2], [2, 0.3]]}
+
+
+def test_training_curve_without_a_loss_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no loss: log at least once"):
+        plot_training([{"train_runtime": 5.0}], tmp_path / "curve.png")
+
+
+def test_card_metadata_is_what_the_hub_reads(facts: dict, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(render_card(facts, tmp_path / "README.md"))
+    data = card.data
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "apache-2.0",
+        "transformers",
+        "audio-classification",
+    )
+    assert data.base_model == ["openai/whisper-base"]
+    assert data.model_name == "a-system"
+    assert {"speech-emotion-recognition", "sailer"} <= set(data.tags)
+    results = {(result.dataset_split, result.metric_type): result.metric_value for result in data.eval_results}
+    assert results == {
+        ("validation", "f1"): 0.25,
+        ("test", "f1"): 0.4124,
+        ("test", "accuracy"): 0.5,
+        ("test", "recall"): 0.375,
+    }
+
+
+def sections(text: str) -> dict[str, str]:
+    parts = ("\n" + text).split("\n## ")
+    return {part.split("\n", 1)[0]: part for part in parts[1:]}
+
+
+def test_card_sections_hold_what_happened(facts: dict, tmp_path: Path) -> None:
+    text = render_card(facts, tmp_path / "README.md").read_text()
+    found = sections(text)
+    assert list(found) == ["How to use", "Results", "Data", "Training", "Limits"]
+    assert 'pipeline(model="me/a-system", trust_remote_code=True)' in found["How to use"]
+    assert '"text":' in found["How to use"]
+    for row in (
+        "|  | this system | always the commonest class |",
+        "| macro_f1 | 0.412 | 0.062 |",
+        "| clips | 400 | - |",
+        "| accuracy | - |",
+        "| Angry | 0.125 | 0.000 |",
+        "| Sad | 1.000 | - |",
+    ):
+        assert row in found["Results"].splitlines()
+    assert not {"loss", "runtime", "Happy"} & set(found["Results"].replace("|", " ").split())
+    assert "![Losses](training_curve.png)" in found["Results"]
+    assert "| Angry | 1,200 | 1 |\n| No agreement | 2 | 0 |\n| Sad | 0 | 4 |\n| all | 1,202 | 5 |" in found["Data"]
+    assert "- epochs: 15" in found["Training"]
+    assert "```yaml\ncorpus: ravdess\nseed: 0\n```" in found["Training"]
+    assert "torch 2." in found["Training"]
+    assert "- Actors, not talkers." in found["Limits"]
+    assert "{" not in text.replace('{"audio"', "")
+    assert "\n\n\n" not in text
+
+
+def test_card_of_a_speech_only_and_synthetic_system(facts: dict, tmp_path: Path) -> None:
+    facts |= {"text_backbone": None, "synthetic": True}
+    for name in ("baselines", "training", "files", "limits"):
+        del facts[name]
+    text = render_card(facts, tmp_path / "README.md").read_text()
+    assert 'recognise("clip.wav")' in text
+    assert '"text"' not in text
+    assert "**synthetic speech**" in text
+    assert "| macro_f1 | 0.412 |" in text
+
+
+def test_a_backbone_that_is_a_folder_is_no_base_model(facts: dict, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    facts["audio_backbone"] = str(tmp_path)
+    assert ModelCard.load(render_card(facts, tmp_path / "README.md")).data.base_model is None
+
+
+@pytest.mark.parametrize("name", ["corpus", "heads", "metrics", "model_id"])
+def test_card_without_a_fact_is_refused_by_name(name: str, facts: dict, tmp_path: Path) -> None:
+    del facts[name]
+    with pytest.raises(ValueError, match=f"The model card lacks a fact: .*'{name}'"):
+        render_card(facts, tmp_path / "README.md")
+    assert not any(tmp_path.iterdir())
+
+
+def test_environment_facts_are_of_this_process() -> None:
+    import torch
+
+    facts = environment_facts()
+    assert facts["versions"]["torch"] == torch.__version__
+    assert "cores" in facts["hardware"]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "card.md"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), replacing(path) as beside:
+        beside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert [file.name for file in tmp_path.iterdir()] == ["card.md"]
