@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
-# Every .py file in the root enters the wheel: a new one is a module of the package and listed here, or is out of place.
+# Every .py file in the root enters the wheel: a new one is a module of the package and listed here, or out of place.
 ROOT_MODULES = {
     "__init__",
     "calibration",
