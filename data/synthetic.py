@@ -9,6 +9,7 @@ import io
 import wave
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -116,11 +117,11 @@ def _check_options(label_set: LabelSet, options: Mapping[str, Any]) -> None:
         "speakers": 3,
     }
     for name, minimum in lowest.items():
-        if not isinstance(options[name], int) or options[name] < minimum:
+        if not isinstance(options[name], Integral) or options[name] < minimum:
             raise CorpusError(
                 f"Synthetic corpus: {name}={options[name]!r} is not a whole number of at least {minimum}."
             )
-    if not 0 <= options["emotional_text"] <= 1:
+    if not isinstance(options["emotional_text"], Real) or not 0 <= options["emotional_text"] <= 1:
         raise CorpusError(f"Synthetic corpus: emotional_text={options['emotional_text']!r} is not between 0 and 1.")
     unknown = [label for label in label_set.labels if label not in EMOTIONS]
     if unknown or len(label_set.labels) < 2:
