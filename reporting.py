@@ -102,17 +102,24 @@ def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) 
     figure, (losses, metrics) = _figure(2, width=11, height=4.2)
     parts = sorted({key for entry in training for key in entry} - {*NOT_LOSSES, "loss"})
     for key in ("loss", *parts):
-        label = "training, all" if key == "loss" else f"training, {key.removeprefix('loss_')}"
+        label = "training" if key == "loss" else f"its part: {key.removeprefix('loss_')}"
         _curve(losses, training, key, label, width=2.0 if key == "loss" else 1.0)
-    _curve(losses, evaluation, "eval_loss", "validation, all", width=2.0, style="--")
+    _curve(losses, evaluation, "eval_loss", "validation", width=2.0, style="--")
     losses.set(xlabel="epoch", ylabel="loss")
     for key in CURVE_METRICS:
         _curve(metrics, evaluation, f"eval_{key}", key.replace("_", " "))
     metrics.set(xlabel="epoch", ylabel="validation metric", ylim=(0, 1))
     for axes in (losses, metrics):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.lines:
-            axes.legend()
+            axes.legend(
+                loc="lower center",
+                bbox_to_anchor=(0.5, 1),
+                ncols=3 if axes is losses else 4,
+                frameon=False,
+                fontsize="small",
+            )
     return _save(figure, path)
 
 

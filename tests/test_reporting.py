@@ -117,10 +117,10 @@ def test_training_curve_shows_losses_with_their_parts_and_the_metrics(
         {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figures[0].axes
     )
     assert losses == {
-        "training, all": [[1, 2.0], [2, 1.0]],
-        "training, age": [[1, 0.5], [2, 0.2]],
-        "training, primary": [[1, 1.5], [2, 0.8]],
-        "validation, all": [[1, 3.0], [2, 2.5]],
+        "training": [[1, 2.0], [2, 1.0]],
+        "its part: age": [[1, 0.5], [2, 0.2]],
+        "its part: primary": [[1, 1.5], [2, 0.8]],
+        "validation": [[1, 3.0], [2, 2.5]],
     }
     assert metrics == {"macro f1": [[1, 0.2], [2, 0.3]]}
 
