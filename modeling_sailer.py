@@ -133,6 +133,7 @@ class PredictionHead(nn.Sequential):
 class SailerPreTrainedModel(PreTrainedModel):
     config_class = SailerConfig
     base_model_prefix = "sailer"
+    input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -145,14 +146,33 @@ class SailerPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.weight)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', from safetensors only: a pickle can run code when it is loaded, and is refused."""
-        kwargs["use_safetensors"] = True
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        # Loading makes new parameters, which want gradients.
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.freeze_towers()
-        return loaded
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As transformers', from safetensors only: a pickle can run code when it is loaded, and is refused.
+
+        Raises:
+            OSError: there is no model.safetensors.
+            ValueError: it is truncated or damaged, or lacks tensors (unless `output_loading_info` lists them).
+        """
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        source = pretrained_model_name_or_path
+        try:
+            model, report = super().from_pretrained(source, *args, **kwargs)
+        except OSError as error:
+            if "model.safetensors" not in str(error):
+                raise
+            raise OSError(f"{error} Pickled weights are refused: loading a pickle can run code.") from error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # its own module is not a Hub file's to import
+                raise
+            raise ValueError(
+                f"The weights of {source} cannot be read ({error}): the file is truncated or damaged; get it again."
+            ) from error
+        if report["missing_keys"] and not output_loading_info:
+            raise ValueError(f"The weights of {source} lack {sorted(report['missing_keys'])[:5]}; get the whole file.")
+        model.freeze_towers()  # loading makes new parameters, which want gradients
+        return (model, report) if output_loading_info else model
 
     def freeze_towers(self) -> None:
         """Take the gradients off the towers that the configuration freezes."""
@@ -446,14 +466,16 @@ class SailerForAudioClassification(SailerPreTrainedModel):
                 that training never saw gets 0.
 
         Raises:
-            ValueError: another prior.
+            ValueError: another prior, or "natural" for a system whose weights are not known.
         """
         if prior == "balanced":
             return logits.float().softmax(-1)
         if prior != "natural":
             raise ValueError(f"prior is {prior!r}; choose 'balanced' or 'natural'.")
+        if self.config.label_weights is None and self.config.target_weighting != "none":
+            raise ValueError("prior='natural' needs the training weights, which this system's configuration lacks.")
         logits = logits.float()
-        if self.config.label_weights is not None and self.config.target_weighting != "none":
+        if self.config.label_weights is not None:
             weights = torch.tensor(self.config.label_weights, device=logits.device)
             logits = torch.where(weights > 0, logits - weights.clamp(min=1e-12).log(), -torch.inf)
         return (logits / self.config.calibration_temperature).softmax(-1)

@@ -1,42 +1,459 @@
-"""SpeechEmotionPipeline: recordings in, labelled probabilities out."""
+"""SpeechEmotionPipeline: recordings in, emotions out; windows over long audio, batches of like length, any device."""
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, ProcessorMixin, pipeline
+from transformers.utils import logging
 
-from .processing_sailer import load_audio
+from .configuration_sailer import ATTRIBUTES
+from .processing_sailer import MINIMUM_SECONDS, load_audio
+
+logger = logging.get_logger(__name__)
+
+PRIORS = ("balanced", "natural")
+ON_ERROR = ("raise", "return")
+# Clips of like length are looked for among this many batches; results wait no longer than that.
+BUFFERED_BATCHES = 8
+SHORTEST_LAST_WINDOW = 1.0
+ITEM_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+@dataclass
+class Clip:
+    """One input on its way through the pipeline: its windows, and their outputs as they arrive."""
+
+    windows: list[np.ndarray] = field(default_factory=list)
+    timestamps: list[tuple[float, float]] = field(default_factory=list)
+    text: str | None = None
+    error: Exception | None = None
+    texts: dict[int, str] = field(default_factory=dict)
+    outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.outputs) == len(self.timestamps)
 
 
 class SpeechEmotionPipeline(Pipeline):
-    """Emotion probabilities of recordings."""
+    """
+    Emotions of recordings (task `"audio-classification"`).
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> classifier = pipeline(model="user/sailer", trust_remote_code=True)
+    >>> classifier("clip.wav", top_k=1)
+    [{'label': 'Happy', 'score': 0.71}]
+    ```
+
+    Options of a call may also be given when the pipeline is made, and then hold for every call. Silence is audio like
+    any other and gets a result. What one clip gets does not depend on the clips that it is batched with.
+
+    Args:
+        model, processor: a `SailerForAudioClassification` and its `SailerProcessor`.
+        device, dtype, device_map: as in transformers; log-mel features are computed on a CUDA device too.
+
+    Raises:
+        ValueError: there is no processor, or an option is out of its range.
+        TypeError: unknown option (the message names the nearest).
+    """
 
     _load_processor = True
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def _sanitize_parameters(self, top_k: int | None = None, **kwargs: Any) -> tuple[dict, dict, dict]:
-        return {}, {}, {"top_k": top_k}
+    def __init__(self, model: Any, processor: ProcessorMixin | None = None, **kwargs: Any) -> None:
+        if processor is None:
+            raise ValueError("The pipeline needs processor=SailerProcessor.from_pretrained(...) beside the model.")
+        self._transcribers: dict[str, Callable] = {}
+        self._has_told_of_missing_text = False
+        super().__init__(model=model, processor=processor, **kwargs)
+        self.model.eval()
 
-    def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
-        text = ""
-        if isinstance(inputs, dict) and "audio" in inputs:
-            text, inputs = inputs.get("text", ""), inputs["audio"]
-        audio = load_audio(inputs, self.processor.sampling_rate)
-        return self.processor(
-            audio, text=text if self.processor.tokenizer else None, sampling_rate=self.processor.sampling_rate
+    def __call__(
+        self,
+        inputs: Any,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        on_error: str = "raise",
+        **options: Any,
+    ) -> Any:
+        """
+        Args:
+            inputs: one recording: a path, an http(s) URL, the bytes of an audio file, a waveform of shape (samples,)
+                or (channels, samples) at the model's rate, `{"array" or "raw", "sampling_rate"}`, or `{"audio": any
+                of these, "text": transcript}` (or "transcript", as in a row of sailer's corpora). Or many: a list,
+                which gives a list, or a generator or dataset, which gives a generator and may be endless.
+            batch_size: windows that the model sees at once; 1 by default. Above that results come a few batches late,
+                because windows of like length are put together.
+            num_workers: threads that decode ahead of the model; 0 (none) by default.
+            on_error: "raise" at the first input that cannot be used (the message names it), or "return"
+                `{"error": message}` in its place and go on.
+            top_k: how many labels; all by default.
+            return_all: give a dict: "primary" (the list of labels), "label" (the decision among the scored classes),
+                "secondary", "attributes" (in [0, 1]) and "attributes_1_7", "sex", "age", "transcript", as far as the
+                system has them, and "embedding", an array of shape (width,).
+            prior: "balanced", the paper's scores; or "natural", which estimates the annotators' distribution.
+            chunk_length_s: longest audio that is heard at once; longer audio is cut into windows of this length. By
+                default the longest that the system was trained on; 0 for no windows.
+            stride_length_s: seconds that a window shares with its left and right neighbours, one number or two; a
+                sixth of the window by default.
+            return_timestamps: give one result per window, `{"timestamp": (start, end), ...}`, not their mean weighted
+                by duration.
+            transcriber: a speech-recognition pipeline, or its model's id, for inputs without a transcript.
+
+        Returns:
+            `[{"label", "score"}, ...]` by falling score; for a system without emotions its attributes (arousal,
+            valence and dominance, in [0, 1]), else sex, else age in years. A dict with `return_all`; a list of dicts
+            with `return_timestamps`; a list or generator of these for many inputs.
+
+        Raises:
+            ValueError: audio that cannot be used, or a system that needs transcripts and has neither them nor a
+                transcriber.
+            FileNotFoundError: no such file.
+        """
+        preprocess, _, postprocess = self._sanitize_parameters(**options)
+        arguments = {
+            "batch_size": _at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1),
+            "workers": _at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0),
+            "on_error": _one_of("on_error", on_error, ON_ERROR),
+            "preprocess_options": self._preprocess_params | preprocess,
+            "postprocess_options": self._postprocess_params | postprocess,
+        }
+        if _is_one_recording(inputs):
+            return next(self._results([inputs], **arguments, is_list=False))
+        results = self._results(_iterate(inputs), **arguments)
+        return list(results) if isinstance(inputs, (list, tuple)) else results
+
+    def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess = ("chunk_length_s", "stride_length_s", "transcriber")
+        postprocess = ("top_k", "return_all", "return_timestamps", "prior")
+        for name in options:
+            if name not in preprocess + postprocess:
+                near = difflib.get_close_matches(name, preprocess + postprocess, 1)
+                raise TypeError(f"Unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        _one_of("prior", options.get("prior", PRIORS[0]), PRIORS)
+        if "chunk_length_s" in options or "stride_length_s" in options:
+            _windows(0, 1, self._chunk_length(options.get("chunk_length_s")), options.get("stride_length_s"))
+        if options.get("top_k") is not None:
+            _at_least("top_k", options["top_k"], 1)
+        if options.get("transcriber") is not None and self.processor.tokenizer is None:
+            raise ValueError("This is a speech-only system: it reads no transcripts, so leave transcriber out.")
+        return (
+            {name: options[name] for name in preprocess if name in options},
+            {},
+            {name: options[name] for name in postprocess if name in options},
         )
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> Any:
+    def preprocess(
+        self,
+        inputs: Any,
+        chunk_length_s: float | None = None,
+        stride_length_s: float | tuple[float, float] | None = None,
+        transcriber: Any = None,
+    ) -> Clip:
+        """One recording, read and cut into windows; see `__call__`."""
+        text, audio = None, inputs
+        if isinstance(inputs, Mapping) and "audio" in inputs:
+            audio = inputs["audio"]
+            text = inputs.get("text", inputs.get("transcript"))
+            if "sampling_rate" in inputs and isinstance(audio, (np.ndarray, torch.Tensor, list)):
+                audio = {"array": audio, "sampling_rate": inputs["sampling_rate"]}
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"The transcript is {type(text).__name__}, not a string; leave it out where there is none."
+            )
+        if self.processor.tokenizer is None:
+            text = None
+        elif not (text and text.strip()):
+            text = None
+            if transcriber is None:
+                self._do_without_text()
+        rate = self.processor.sampling_rate
+        waveform = load_audio(audio, rate)
+        seconds = len(waveform) / rate
+        if seconds < MINIMUM_SECONDS:
+            raise ValueError(
+                f"The audio is {1000 * seconds:.0f} ms long; at least {1000 * MINIMUM_SECONDS:.0f} are needed."
+            )
+        windows = _windows(len(waveform), rate, self._chunk_length(chunk_length_s), stride_length_s)
+        self._check_length(max(end - start for start, end in windows) / rate)
+        return Clip(
+            windows=[waveform[start:end] for start, end in windows],
+            timestamps=[(start / rate, end / rate) for start, end in windows],
+            text=text,
+        )
+
+    def _forward(self, model_inputs: Mapping[str, torch.Tensor]) -> Any:
         return self.model(**model_inputs)
 
-    def postprocess(self, model_outputs: Any, top_k: int | None = None) -> list[dict[str, Any]]:
-        probabilities = self.model.probabilities(model_outputs.logits)[0]
-        scores, ids = probabilities.sort(descending=True)
-        return [
-            {"label": self.model.config.id2label[i], "score": s}
-            for s, i in zip(scores.tolist()[:top_k], ids.tolist()[:top_k], strict=True)
-        ]
+    def postprocess(
+        self,
+        model_outputs: Clip,
+        top_k: int | None = None,
+        return_all: bool = False,
+        return_timestamps: bool = False,
+        prior: str = "balanced",
+    ) -> Any:
+        """Results of one recording from the outputs of its windows; see `__call__`."""
+        clip = model_outputs
+        rows = [clip.outputs[index] for index in range(len(clip.timestamps))]
+        values = self._values({name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}, prior)
+        if return_timestamps:
+            results = []
+            for index, timestamp in enumerate(clip.timestamps):
+                row = {name: value[index] for name, value in values.items()}
+                described = self._describe(row, top_k, clip.text or clip.texts.get(index))
+                main = next(iter(described))
+                results.append({"timestamp": timestamp} | (described if return_all else {main: described[main]}))
+            return results
+        durations = torch.tensor([end - start for start, end in clip.timestamps])
+        share = durations / durations.sum()
+        means = {name: torch.einsum("w,w...->...", share, value) for name, value in values.items()}
+        heard = " ".join(clip.texts[index] for index in sorted(clip.texts)) if clip.texts else None
+        described = self._describe(means, top_k, clip.text or heard)
+        return described if return_all else _as_list(described)
+
+    def get_inference_context(self) -> Callable:
+        return torch.inference_mode
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the model, its code and the processor."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+    def _results(
+        self,
+        items: Iterable[Any],
+        batch_size: int,
+        workers: int,
+        on_error: str,
+        preprocess_options: dict[str, Any],
+        postprocess_options: dict[str, Any],
+        is_list: bool = True,
+    ) -> Iterator[Any]:
+        transcriber = self._transcriber(preprocess_options.get("transcriber"))
+
+        def prepare(item: Any) -> Clip:
+            try:
+                return self.preprocess(item, **preprocess_options)
+            except ITEM_ERRORS as error:
+                return Clip(error=error)
+
+        waiting: deque[Clip] = deque()  # in the order given
+        buffer: list[tuple[Clip, int]] = []
+        limit = batch_size * (BUFFERED_BATCHES if batch_size > 1 else 1)
+        position = 0
+        for clip in _chain_end(_ahead(prepare, items, workers, batch_size)):
+            if clip is not None:
+                waiting.append(clip)
+                buffer += [(clip, index) for index in range(len(clip.windows))]
+            while len(buffer) >= limit or (clip is None and buffer):
+                self._run(buffer[:limit], batch_size, transcriber)
+                del buffer[:limit]
+            while waiting and waiting[0].is_done:
+                done = waiting.popleft()
+                if done.error is not None:
+                    if on_error == "raise":
+                        raise _named(done.error, f"Item {position}: " if is_list else "")
+                    yield {"error": str(done.error)}
+                else:
+                    yield self.postprocess(done, **postprocess_options)
+                position += 1
+
+    def _run(self, windows: list[tuple[Clip, int]], batch_size: int, transcriber: Callable | None) -> None:
+        """Encode windows in batches of like length and hand each clip its rows."""
+        windows = sorted(windows, key=lambda window: len(window[0].windows[window[1]]))
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            waveforms = [clip.windows[index] for clip, index in batch]
+            inputs = self.processor(
+                audio=waveforms,
+                text=self._texts(batch, waveforms, transcriber) if self.processor.tokenizer is not None else None,
+                sampling_rate=self.processor.sampling_rate,
+                device=self.device if self.device.type == "cuda" else "cpu",
+            )
+            outputs = self.forward(inputs)
+            for row, (clip, index) in enumerate(batch):
+                clip.outputs[index] = {name: value[row] for name, value in outputs.items()}
+
+    def _texts(
+        self, batch: list[tuple[Clip, int]], waveforms: list[np.ndarray], transcriber: Callable | None
+    ) -> list[str]:
+        untold = [row for row, (clip, _) in enumerate(batch) if clip.text is None and transcriber is not None]
+        if untold:
+            rate = self.processor.sampling_rate
+            sources = [{"raw": waveforms[row], "sampling_rate": rate} for row in untold]
+            for row, result in zip(untold, transcriber(sources, batch_size=len(sources)), strict=True):
+                clip, index = batch[row]
+                clip.texts[index] = result["text"].strip()
+        return [clip.text or clip.texts.get(index, "") for clip, index in batch]
+
+    def _transcriber(self, transcriber: Any) -> Callable | None:
+        if not isinstance(transcriber, (str, os.PathLike)):
+            return transcriber
+        name = str(transcriber)
+        if name not in self._transcribers:
+            self._transcribers[name] = pipeline("automatic-speech-recognition", model=name, device=self.device)
+        return self._transcribers[name]
+
+    def _do_without_text(self) -> None:
+        if self.model.config.text_dropout <= 0:
+            raise ValueError(
+                "This system was trained on speech and its transcript together: pass {'audio': ..., 'text': ...}, or "
+                "transcriber= a speech-recognition pipeline or model id."
+            )
+        if not self._has_told_of_missing_text:
+            self._has_told_of_missing_text = True
+            logger.warning(
+                "No transcript: this system runs on speech alone, as in a part of its training. For its full accuracy "
+                "pass {'audio': ..., 'text': transcript} or transcriber=."
+            )
+
+    def _chunk_length(self, chunk_length_s: float | None) -> float:
+        return self.model.config.max_seconds if chunk_length_s is None else chunk_length_s
+
+    def _check_length(self, seconds: float) -> None:
+        positions = getattr(self.model.config.audio_config, "max_source_positions", None)
+        longest = float("inf") if positions is None or self.processor.audio_padding == "max_length" else positions / 50
+        if seconds > longest:
+            raise ValueError(
+                f"The audio is heard in windows of {seconds:.1f} s and this encoder takes {longest:.0f} s: choose a "
+                "chunk_length_s up to that."
+            )
+
+    def _values(self, outputs: dict[str, torch.Tensor], prior: str) -> dict[str, torch.Tensor]:
+        """What can be averaged over windows, by head; each (windows, ...)."""
+        values = {}
+        if "logits" in outputs:
+            values["primary"] = self.model.probabilities(outputs["logits"], prior)
+        if "attributes" in outputs:
+            values["attributes"] = outputs["attributes"]
+        if "secondary_logits" in outputs:
+            values["secondary"] = outputs["secondary_logits"].softmax(-1)
+        if "sex_logits" in outputs:
+            values["sex"] = outputs["sex_logits"].softmax(-1)
+        if "age" in outputs:
+            values["age"] = outputs["age"]
+        return values | {"embedding": outputs["embeddings"]}
+
+    def _describe(self, values: dict[str, torch.Tensor], top_k: int | None, transcript: str | None) -> dict[str, Any]:
+        config, described = self.model.config, {}
+        if "primary" in values:
+            scores = dict(zip(config.labels, values["primary"].tolist(), strict=True))
+            described["primary"] = _ranked(scores)[:top_k]
+            described["label"] = max(config.scored_labels, key=scores.__getitem__)
+        if "attributes" in values:
+            described["attributes"] = dict(zip(ATTRIBUTES, values["attributes"].tolist(), strict=True))
+            described["attributes_1_7"] = {name: 1 + 6 * value for name, value in described["attributes"].items()}
+        for name, labels in (("secondary", config.secondary_labels), ("sex", config.sex_labels)):
+            if name in values:
+                described[name] = _ranked(dict(zip(labels, values[name].tolist(), strict=True)))
+        if "age" in values:
+            described["age"] = values["age"].item()
+        if transcript is not None:
+            described["transcript"] = transcript
+        return described | {"embedding": values["embedding"].numpy()}
+
+
+def _is_one_recording(inputs: Any) -> bool:
+    if isinstance(inputs, (str, bytes, bytearray, os.PathLike, Mapping, np.ndarray, torch.Tensor)):
+        return True
+    is_many = isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")
+    return hasattr(inputs, "get_all_samples") or not is_many
+
+
+def _iterate(inputs: Any) -> Iterable[Any]:
+    if isinstance(inputs, Sized) and not isinstance(inputs, Iterable):
+        return (inputs[index] for index in range(len(inputs)))  # a map-style torch dataset
+    return inputs
+
+
+def _ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int, batch_size: int) -> Iterator[Clip]:
+    """`prepare` of each item, in order; with workers in threads, some items ahead."""
+    if workers == 0:
+        yield from map(prepare, items)
+        return
+    pending: deque[Future[Clip]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            pending.append(pool.submit(prepare, item))
+            if len(pending) > workers + batch_size:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _chain_end(clips: Iterator[Clip]) -> Iterator[Clip | None]:
+    yield from clips
+    yield None
+
+
+def _windows(
+    samples: int, rate: int, chunk_length_s: float, stride_length_s: float | tuple[float, float] | None
+) -> list[tuple[int, int]]:
+    """First and last sample of each window: all but the last are a chunk long and start a chunk less strides apart."""
+    chunk = round(_at_least("chunk_length_s", chunk_length_s, 0) * rate)
+    strides = chunk_length_s / 6 if stride_length_s is None else stride_length_s
+    left, right = strides if isinstance(strides, (list, tuple)) else (strides, strides)
+    step = (
+        chunk
+        - round(_at_least("stride_length_s", left, 0) * rate)
+        - round(_at_least("stride_length_s", right, 0) * rate)
+    )
+    if chunk > 0 and step <= 0:
+        raise ValueError(
+            f"stride_length_s ({left} and {right} s) leaves nothing of a window of {chunk_length_s} s; choose less."
+        )
+    if chunk == 0 or samples <= chunk:
+        return [(0, samples)]
+    windows = [(start, min(start + chunk, samples)) for start in range(0, samples - chunk + step, step)]
+    start, end = windows[-1]
+    shortest = min(chunk, round(SHORTEST_LAST_WINDOW * rate))
+    return [*windows[:-1], (min(start, end - shortest), end)]
+
+
+def _ranked(scores: dict[str, float]) -> list[dict[str, Any]]:
+    return [{"label": label, "score": scores[label]} for label in sorted(scores, key=scores.__getitem__, reverse=True)]
+
+
+def _as_list(described: dict[str, Any]) -> list[dict[str, Any]]:
+    main = described[next(iter(described))]
+    if isinstance(main, list):
+        return main
+    if isinstance(main, float):
+        return [{"label": "age", "score": main}]
+    return [{"label": label, "score": score} for label, score in main.items()]
+
+
+def _named(error: Exception, name: str) -> Exception:
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    named = kind(f"{name}{error}")
+    named.__cause__ = error
+    return named
+
+
+def _at_least(option: str, value: float, least: float) -> float:
+    if not value >= least:
+        raise ValueError(f"{option} is {value}; it must be at least {least}.")
+    return value
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{option} is {value!r}; choose one of {list(allowed)}.")
+    return value
+
+
+__all__ = ["SpeechEmotionPipeline"]

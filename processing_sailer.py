@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class SailerProcessor(ProcessorMixin):
             )
         data = dict(inputs)
         if self.tokenizer is not None:
-            data |= self._tokens(text, len(clips))
+            data |= self.tokenize(text, len(clips))
         elif text is not None:
             raise ValueError("This is a speech-only system: its processor has no tokenizer, so leave text out.")
         return BatchFeature({name: torch.as_tensor(value) for name, value in data.items()}).convert_to_tensors(
@@ -172,7 +173,8 @@ class SailerProcessor(ProcessorMixin):
         mask = frames < (lengths // extractor.hop_length).unsqueeze(1)
         return {"input_features": features, "attention_mask": mask.long()}
 
-    def _tokens(self, text: str | Sequence[str] | None, clips: int) -> dict[str, torch.Tensor]:
+    def tokenize(self, text: str | Sequence[str] | None, clips: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `text_attention_mask` (clips, tokens) of transcripts alone; see `__call__`."""
         transcripts = [""] * clips if text is None else [text] if isinstance(text, str) else list(text)
         for position, transcript in enumerate(transcripts):
             if not isinstance(transcript, str):
@@ -193,8 +195,9 @@ def load_audio(
     """Read audio from wherever it is as one mono waveform.
 
     Args:
-        source: a path, the bytes of an audio file, `{"path", "bytes"}` (one of the two set), `{"array" or "raw",
-            "sampling_rate"}`, or a waveform already at `sampling_rate`, of shape (samples,) or (channels, samples).
+        source: a path or http(s) URL, the bytes of an audio file, `{"path", "bytes"}` (one of the two set), `{"array"
+            or "raw", "sampling_rate"}`, a torchcodec decoder (as datasets' Audio columns give), or a waveform already
+            at `sampling_rate`, of shape (samples,) or (channels, samples).
         sampling_rate: of the result, in Hz; other rates are resampled, channels averaged.
         max_seconds: read no more than this.
         name: what error messages call the source.
@@ -204,12 +207,13 @@ def load_audio(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not audio, empty, with values that are not finite, or a sampling rate that is not positive.
+        ValueError: not audio, a URL that cannot be fetched, empty, with values that are not finite, or a sampling rate
+            that is not positive.
     """
     array, rate, name = _decode(source, sampling_rate, max_seconds, name)
     if not rate > 0:
         raise ValueError(f"{name} has a sampling rate of {rate} Hz; it must be positive.")
-    if array.ndim == 2:
+    if array.ndim == 2 and array.size:
         array = array.mean(axis=int(np.argmin(array.shape)))  # (channels, samples) or (samples, channels)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name} holds no audio (shape {array.shape}); expected (samples,) or (channels, samples).")
@@ -241,12 +245,25 @@ def _decode(
             raise ValueError(f"{name or 'The audio'} has no 'array', 'raw', 'bytes' or 'path'.")
     if isinstance(source, (str, os.PathLike)):
         name = name or str(source)
+        if str(source).startswith(("http://", "https://")):
+            return *_read(io.BytesIO(_fetch(str(source))), max_seconds, name), name
         if not Path(source).is_file():
             raise FileNotFoundError(f"No such audio file: {source}")
         return *_read(source, max_seconds, name), name
     if isinstance(source, (bytes, bytearray)):
         return *_read(io.BytesIO(source), max_seconds, name or "The audio bytes"), name or "The audio bytes"
+    if hasattr(source, "get_all_samples"):
+        samples = source.get_all_samples()
+        return _as_array(samples.data), samples.sample_rate, name or "The audio"
     return _as_array(source), sampling_rate, name or "The waveform"
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            return response.read()
+    except OSError as error:
+        raise ValueError(f"{url} cannot be fetched: {error}") from error
 
 
 def _as_array(values: Any) -> np.ndarray:

@@ -21,7 +21,8 @@ else:
 import torch
 from transformers import AutoConfig, AutoModelForAudioClassification, AutoProcessor, pipeline
 
-folder, clip, copy = sys.argv[1:]
+folder, clip, copy, text = sys.argv[1:]
+item = {"audio": clip, "text": text} if text else clip
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -35,11 +36,11 @@ with torch.no_grad():
 for arguments in ({}, {"task": "audio-classification"}):
     classifier = pipeline(model=folder, trust_remote_code=True, **arguments)
     assert type(classifier).__name__ == "SpeechEmotionPipeline", type(classifier)
-    predictions = classifier(clip)
+    predictions = classifier(item)
     assert abs(sum(p["score"] for p in predictions) - 1) < 1e-5 and len(predictions) == 9
 model.save_pretrained(copy)
 processor.save_pretrained(copy)
-again = pipeline(model=copy, trust_remote_code=True)(clip)
+again = pipeline(model=copy, trust_remote_code=True)(item)
 assert [p["label"] for p in again] == [p["label"] for p in predictions]
 print("stranger is served")
 """
@@ -54,8 +55,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", ["tiny_sailer", "tiny_speech_sailer"])
-def test_without_the_package(system: str, clip: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("system", "text"), [("tiny_sailer", "so happy"), ("tiny_speech_sailer", "")])
+def test_without_the_package(
+    system: str, text: str, clip: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     import torch
 
     from sailer import SailerForAudioClassification, SailerProcessor
@@ -71,7 +74,7 @@ def test_without_the_package(system: str, clip: Path, tmp_path: Path, request: p
     site_packages = Path(np.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(site_packages), "HF_HOME": str(tmp_path / "hf")}
     result = subprocess.run(
-        [sys.executable, "-S", "-c", STRANGER, str(folder), str(clip), str(tmp_path / "copy")],
+        [sys.executable, "-S", "-c", STRANGER, str(folder), str(clip), str(tmp_path / "copy"), text],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
