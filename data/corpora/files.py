@@ -62,7 +62,8 @@ def read_rows(path: Path, report: CorpusReport) -> Iterator[tuple[int, list[str]
     """
     for number, line in enumerate(read_text(path, report).split("\n"), start=1):
         if line.strip():
-            yield number, [cell.strip() for cell in next(csv.reader((line,), skipinitialspace=True))]
+            cells = next(csv.reader((line,), skipinitialspace=True)) if '"' in line else line.split(",")
+            yield number, [cell.strip() for cell in cells]
 
 
 def find_entry(folder: Path, *names: str) -> Path | None:
@@ -73,14 +74,14 @@ def find_entry(folder: Path, *names: str) -> Path | None:
 
 def clip_id(file_name: str) -> str:
     """A file name without its extension, if that is one of audio."""
-    path = PurePosixPath(file_name)
-    return str(path.with_suffix("")) if path.suffix.lower() in AUDIO_EXTENSIONS else file_name
+    stem, _, extension = file_name.rpartition(".")
+    return stem if stem and f".{extension.lower()}" in AUDIO_EXTENSIONS else file_name
 
 
 def leaves_folder(file_name: str) -> bool:
     """Whether a path written in a label file is absolute or climbs out of the folder that it is relative to."""
-    path = PurePosixPath(file_name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or file_name[1:2] == ":"
+    parts = file_name.replace("\\", "/").split("/")
+    return file_name.startswith(("/", "\\")) or ".." in parts or file_name[1:2] == ":"
 
 
 class FileIndex:
