@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What every loader is given; the other parameters of its `load` are the corpus's own options.
 COMMON_ARGUMENTS = ("path", "label_set", "audio", "strict", "report")
-_HELPERS = ("audio_files", "files", "mapping", "msp_labels")
+_HELPERS = ("audio_files", "files", "mapping", "msp_labels", "splits")
 
 
 def load_corpus(

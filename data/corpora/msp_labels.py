@@ -15,7 +15,7 @@ import numpy as np
 
 from sailer.data.corpora.audio_files import AUDIO_EXTENSIONS
 from sailer.data.corpora.files import Problems, clip_id, find_entry, leaves_folder, read_rows, read_text
-from sailer.data.corpora.mapping import split_name
+from sailer.data.corpora.splits import split_name
 from sailer.data.labels import match_label, primary_label, secondary_labels
 from sailer.data.schema import NO_AGREEMENT, PRIMARY_LABELS, SECONDARY_LABELS, UNLABELLED, CorpusError, CorpusReport
 

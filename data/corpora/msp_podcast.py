@@ -11,8 +11,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings, clip_id, decode_text, find_entry
-from sailer.data.corpora.mapping import by_split, chosen, label_positions, split_name, take_rows
+from sailer.data.corpora.mapping import label_positions
 from sailer.data.corpora.msp_labels import Consensus, read_annotations, read_consensus
+from sailer.data.corpora.splits import by_split, chosen, split_name, take_rows
 from sailer.data.labels import consensus
 from sailer.data.schema import NO_AGREEMENT, PRIMARY_LABELS, UNLABELLED, CorpusError, CorpusReport, LabelSet
 

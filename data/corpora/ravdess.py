@@ -14,6 +14,7 @@ import soundfile
 
 from sailer.data.corpora import label_indices
 from sailer.data.corpora.audio_files import audio_reference, is_audio, read_durations, walk_files
+from sailer.data.corpora.splits import actor_splits
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet
 
 NUMBER_OF_ACTORS = 24
@@ -67,12 +68,13 @@ def load(
     Raises:
         CorpusError: no RAVDESS speech in the folder, impossible or shared actors, or what `strict` refuses.
     """
-    split_of: dict[int, str] = {}
-    for split, actors in (("train", train_actors), ("validation", validation_actors), ("test", test_actors)):
-        for actor in _parse_actors(f"{split}_actors", actors):
-            if split_of.setdefault(actor, split) != split:
-                raise CorpusError(f"Actor {actor} is in both {split_of[actor]}_actors and {split}_actors.")
-
+    split_of = actor_splits(
+        "RAVDESS",
+        range(1, NUMBER_OF_ACTORS + 1),
+        train_actors=train_actors,
+        validation_actors=validation_actors,
+        test_actors=test_actors,
+    )
     clips = _in_splits(_find_clips(path, strict, report), split_of, report)
     classes = _classes(clips, label_set, strict, report)
     clips = [clip for clip in clips if classes[clip.emotion] is not None]
@@ -99,21 +101,6 @@ def load(
         rows = [row for row, clip in enumerate(clips) if split_of[clip.actor] == split]
         splits[split] = {name: [values[row] for row in rows] for name, values in columns.items()}
     return splits
-
-
-def _parse_actors(option: str, value: str | int | Sequence[int]) -> list[int]:
-    """Actor numbers from a list of them or from text such as "1-8,11"."""
-    try:
-        actors: list[int] = []
-        for part in str(value).split(",") if isinstance(value, str | int) else map(str, value):
-            if part.strip():
-                first, _, last = part.partition("-")
-                actors += range(int(first), int(last or first) + 1)
-    except (TypeError, ValueError):
-        raise CorpusError(f"{option}={value!r} is not a list of actor numbers, nor text such as '1-8,11'.") from None
-    if impossible := [actor for actor in actors if not 1 <= actor <= NUMBER_OF_ACTORS]:
-        raise CorpusError(f"{option} names actors {impossible}; RAVDESS has actors 1 to {NUMBER_OF_ACTORS}.")
-    return actors
 
 
 def _find_clips(folder: Path, strict: bool, report: CorpusReport) -> list[_Clip]:
