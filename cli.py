@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("model", metavar="MODEL", help="folder or Hub id")
     added.add_argument("paths", nargs="+", metavar="PATH", help="audio files, folders or globs")
     added.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help=".csv or .jsonl")
+    added.add_argument("--format", choices=("csv", "jsonl"), help="where the output's name does not say it")
     added.add_argument("--timeline", action="store_true", help="a row per window, and a PNG of the emotions over time")
     added.add_argument("--embeddings", type=Path, metavar="FILE", help="save the embeddings too")
     added.add_argument(
@@ -151,7 +152,11 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--transcriber", metavar="MODEL", help="speech recognition for systems that read transcripts")
     added.add_argument("--prior", choices=("balanced", "natural"), default="balanced", help="what the scores mean")
     added.add_argument("--batch_size", type=int, default=8, metavar="N")
+    added.add_argument("--num_workers", type=int, default=2, metavar="N", help="threads that decode ahead")
+    added.add_argument("--chunk_length_s", type=float, metavar="S", help="window over long audio; 0 for none")
+    added.add_argument("--stride_length_s", type=float, metavar="S", help="what a window shares with each neighbour")
     added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+    added.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ...; as saved by default")
 
     added = add(convert, "convert SRC DST [--audio_backbone DIR]")
     added.add_argument("source", metavar="SRC", help="folder or Hub id")

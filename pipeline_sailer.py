@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -124,17 +125,40 @@ class SpeechEmotionPipeline(Pipeline):
             FileNotFoundError: no such file.
         """
         preprocess, _, postprocess = self._sanitize_parameters(**options)
-        arguments = {
-            "batch_size": _at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1),
-            "workers": _at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0),
-            "on_error": _one_of("on_error", on_error, ON_ERROR),
-            "preprocess_options": self._preprocess_params | preprocess,
-            "postprocess_options": self._postprocess_params | postprocess,
-        }
-        if _is_one_recording(inputs):
-            return next(self._results([inputs], **arguments, is_list=False))
-        results = self._results(_iterate(inputs), **arguments)
-        return list(results) if isinstance(inputs, (list, tuple)) else results
+        _one_of("on_error", on_error, ON_ERROR)
+        is_one = _is_one_recording(inputs)
+        clips = self.encode([inputs] if is_one else _iterate(inputs), batch_size, num_workers, **preprocess)
+
+        def results() -> Iterator[Any]:
+            for position, clip in enumerate(clips):
+                if clip.error is None:
+                    yield self.postprocess(clip, **self._postprocess_params | postprocess)
+                elif on_error == "return":
+                    yield {"error": str(clip.error)}
+                else:
+                    kind = FileNotFoundError if isinstance(clip.error, FileNotFoundError) else ValueError
+                    raise kind(str(clip.error) if is_one else f"Item {position}: {clip.error}") from clip.error
+
+        if is_one:
+            return next(results())
+        return list(results()) if isinstance(inputs, (list, tuple)) else results()
+
+    def encode(
+        self, items: Iterable[Any], batch_size: int | None = None, num_workers: int | None = None, **options: Any
+    ) -> Iterator[Clip]:
+        """Recordings through the model, before `postprocess` makes results of them, in one form or several.
+
+        Args:
+            items: recordings, as in `__call__`; they may be endless.
+            batch_size, num_workers: see `__call__`.
+            options: `chunk_length_s`, `stride_length_s` and `transcriber`.
+
+        Yields:
+            A `Clip` per recording, in the order given; `error` is set where a recording cannot be used.
+        """
+        batch_size = _at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
+        workers = _at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
+        return self._encode(items, batch_size, workers, self._preprocess_params | options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess = ("chunk_length_s", "stride_length_s", "transcriber")
@@ -233,29 +257,19 @@ class SpeechEmotionPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
-    def _results(
-        self,
-        items: Iterable[Any],
-        batch_size: int,
-        workers: int,
-        on_error: str,
-        preprocess_options: dict[str, Any],
-        postprocess_options: dict[str, Any],
-        is_list: bool = True,
-    ) -> Iterator[Any]:
-        transcriber = self._transcriber(preprocess_options.get("transcriber"))
+    def _encode(self, items: Iterable[Any], batch_size: int, workers: int, options: dict[str, Any]) -> Iterator[Clip]:
+        transcriber = self._transcriber(options.get("transcriber"))
 
         def prepare(item: Any) -> Clip:
             try:
-                return self.preprocess(item, **preprocess_options)
+                return self.preprocess(item, **options)
             except ITEM_ERRORS as error:
                 return Clip(error=error)
 
         waiting: deque[Clip] = deque()  # in the order given
         buffer: list[tuple[Clip, int]] = []
         limit = batch_size * (BUFFERED_BATCHES if batch_size > 1 else 1)
-        position = 0
-        for clip in _chain_end(_ahead(prepare, items, workers, batch_size)):
+        for clip in itertools.chain(_ahead(prepare, items, workers, batch_size), [None]):
             if clip is not None:
                 waiting.append(clip)
                 buffer += [(clip, index) for index in range(len(clip.windows))]
@@ -263,14 +277,7 @@ class SpeechEmotionPipeline(Pipeline):
                 self._run(buffer[:limit], batch_size, transcriber)
                 del buffer[:limit]
             while waiting and waiting[0].is_done:
-                done = waiting.popleft()
-                if done.error is not None:
-                    if on_error == "raise":
-                        raise _named(done.error, f"Item {position}: " if is_list else "")
-                    yield {"error": str(done.error)}
-                else:
-                    yield self.postprocess(done, **postprocess_options)
-                position += 1
+                yield waiting.popleft()
 
     def _run(self, windows: list[tuple[Clip, int]], batch_size: int, transcriber: Callable | None) -> None:
         """Encode windows in batches of like length and hand each clip its rows."""
@@ -395,11 +402,6 @@ def _ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int, b
             yield pending.popleft().result()
 
 
-def _chain_end(clips: Iterator[Clip]) -> Iterator[Clip | None]:
-    yield from clips
-    yield None
-
-
 def _windows(
     samples: int, rate: int, chunk_length_s: float, stride_length_s: float | tuple[float, float] | None
 ) -> list[tuple[int, int]]:
@@ -435,13 +437,6 @@ def _as_list(described: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(main, float):
         return [{"label": "age", "score": main}]
     return [{"label": label, "score": score} for label, score in main.items()]
-
-
-def _named(error: Exception, name: str) -> Exception:
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-    named = kind(f"{name}{error}")
-    named.__cause__ = error
-    return named
 
 
 def _at_least(option: str, value: float, least: float) -> float:
