@@ -54,9 +54,9 @@ class SailerConfig(PretrainedConfig):
         sex_labels (sequence of `str`): names of the speaker-sex head's two outputs.
         max_seconds (`float`, defaults to 15.0): longest audio the system was trained on.
         sampling_rate (`int`, defaults to 16000): of the waveforms, in Hz.
-        target_weighting (`str`, defaults to `"none"`): how targets were weighted in training.
-        label_weights (list of `float`, *optional*): the weights w, scaled so that the mean clip weight is 1; with a
-            weighting of "product" or "normalized", softmax(logits) approaches d * w / sum(d * w).
+        target_weighting (`str`, defaults to `"none"`): how targets were weighted in training, for the record.
+        label_weights (list of `float`, *optional*): the weights w for which softmax(logits) approaches
+            d * w / sum(d * w), scaled so that the mean clip weight is 1; `None` where nothing was weighted.
         label_prior (list of `float`, *optional*): q, the mean of all training clips' vote distributions.
         calibration_temperature (`float`, defaults to 1.0): divides the logits of the natural prior; fitted on
             validation data.

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
 from sailer.data.sampler import EpochSampler, PlannedDataset
 from sailer.data.schema import LabelSet
@@ -17,6 +18,8 @@ from sailer.losses import SailerObjective
 TARGETS = ("labels", "secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 # In a batch for scoring but not for the model: the consensus label that the corpus publishes.
 CONSENSUS = "consensus"
+# What the terminal shows of an evaluation; the log and metrics.json hold all of it.
+SHOWN = ("loss", "macro_f1", "accuracy", "min_map", "ccc")
 
 
 @dataclass
@@ -69,6 +72,7 @@ class SailerTrainer(Trainer):
         manifold_mixup: alpha of the Beta distribution for mixing fused embeddings within a batch
             (https://arxiv.org/abs/1806.05236); 0 is off.
         evaluation_collator: makes evaluation batches; the training collator by default.
+        processing_class: the `SailerProcessor`, saved with every checkpoint.
         trainer_arguments: as `transformers.Trainer` takes them.
     """
 
@@ -84,8 +88,11 @@ class SailerTrainer(Trainer):
         label_set: LabelSet | None = None,
         manifold_mixup: float = 0.0,
         evaluation_collator: Any = None,
+        processing_class: Any = None,
         **trainer_arguments: Any,
     ) -> None:
+        # Kept from Trainer, which would align the special tokens of a text generator with its tokenizer.
+        self.processor = processing_class
         super().__init__(model, args, **trainer_arguments)
         self.objective = objective.to(self.args.device)
         self.label_set = label_set or LabelSet()
@@ -95,6 +102,9 @@ class SailerTrainer(Trainer):
         self._component_batches = 0
         if self.compute_metrics is None:
             self.compute_metrics = self.report
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_LineCallback if self.args.disable_tqdm else _BarCallback)
 
     def compute_loss(
         self,
@@ -177,8 +187,16 @@ class SailerTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, PlannedDataset):
-            return EpochSampler(len(dataset), seed=self.args.data_seed or self.args.seed)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = EpochSampler(len(dataset), seed=seed)
+            self.add_callback(_EpochCallback(sampler))
+            return sampler
         return super()._get_train_sampler(train_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.processor is not None:
+            self.processor.save_pretrained(output_dir or self.args.output_dir)
 
     def _with_evaluation_collator(self, make: Any, dataset: Any) -> torch.utils.data.DataLoader:
         training_collator, self.data_collator = self.data_collator, self.evaluation_collator
@@ -203,3 +221,42 @@ class SailerTrainer(Trainer):
             else:  # a class index: known only where both agree
                 mixed[name] = torch.where(target == other, target, -100)
         return {**inputs, "mixup_permutation": permutation, "mixup_lambda": shares}, mixed
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the sampler its epoch: a run resumed within an epoch wraps the sampler so deep that nothing else does."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _LineCallback(TrainerCallback):
+    """One short line per log, instead of a dictionary of fifty figures."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        line = _line(logs or {})
+        if line and state.is_world_process_zero:
+            self.write(line)
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class _BarCallback(_LineCallback, ProgressCallback):
+    """The same above the Trainer's progress bar."""
+
+    def write(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+
+
+def _line(logs: dict[str, float]) -> str:
+    epoch = f"epoch {logs.get('epoch', 0):.4g}"
+    if "loss" in logs:
+        parts = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in logs.items() if "loss_" in name]
+        return f"{epoch}: loss {logs['loss']:.4g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
+    shown = [f"{name} {logs[f'eval_{name}']:.4g}" for name in SHOWN if f"eval_{name}" in logs]
+    return f"{epoch}: validation {', '.join(shown)}" if shown else ""

@@ -81,7 +81,7 @@ class SailerCollator:
             cached = self.features.inputs([rendering_key(item) for item in items], transcripts)
         uses_tokens = self.processor.tokenizer is not None and "text_hidden_states" not in cached
         if "audio_hidden_states" in cached:
-            return cached | (self.processor._tokens(transcripts, len(transcripts)) if uses_tokens else {})
+            return cached | (self.processor.tokenize(transcripts, len(transcripts)) if uses_tokens else {})
         rate = self.processor.sampling_rate
         waveforms = [render(item, rate, self.max_seconds) for item in items]
         inputs = self.processor(audio=waveforms, text=transcripts if uses_tokens else None, sampling_rate=rate)

@@ -327,7 +327,7 @@ def _text_batches(
     names = sorted(missing, key=lambda name: -len(missing[name]))
     for start in tqdm(range(0, len(names), batch_size), desc="Encoding transcripts", unit="batch"):
         chunk = names[start : start + batch_size]
-        tokens = collator.processor._tokens([missing[name] for name in chunk], len(chunk))
+        tokens = collator.processor.tokenize([missing[name] for name in chunk], len(chunk))
         with torch.no_grad():
             states = model.sailer.text_hidden_states(*(tokens[name].to(model.device) for name in TEXT_INPUTS))
         yield len(chunk), dict(zip(chunk, states.to("cpu", dtype).clone().unbind(), strict=True))

@@ -53,6 +53,7 @@ def trainer(folder, tiny_sailer, rows, plan=None, settings=None, **options) -> S
     model = SailerForAudioClassification.from_pretrained(tiny_sailer, conv_dropout=0.0)
     processor = SailerProcessor.from_pretrained(tiny_sailer)
     extra = {name: options.pop(name) for name in ("manifold_mixup",) if name in options}
+    heads = options.pop("heads", HEADS)
     arguments = {
         "per_device_train_batch_size": 8,
         "num_train_epochs": 1,
@@ -67,7 +68,7 @@ def trainer(folder, tiny_sailer, rows, plan=None, settings=None, **options) -> S
         objective=SailerObjective(settings or ObjectiveSettings(target_weighting="none")),
         train_dataset=PlannedDataset(rows, plan or AugmentationSettings(), LabelSet()),
         eval_dataset=rows,
-        data_collator=SailerCollator(processor, LabelSet(), HEADS),
+        data_collator=SailerCollator(processor, LabelSet(), heads),
         processing_class=processor,
         **extra,
     )
@@ -139,6 +140,14 @@ def test_training_lowers_the_loss_and_keeps_the_best(tmp_path, tiny_sailer, rows
     assert run.evaluate()["eval_kl"] == pytest.approx(min(divergences), rel=1e-5)
     weights = [path.name for path in tmp_path.glob("checkpoint-*/*model*") if path.suffix != ".py"]
     assert weights == ["model.safetensors"]
+    checkpoint = next(tmp_path.glob("checkpoint-*"))
+    assert SailerProcessor.from_pretrained(checkpoint).tokenizer is not None
+
+
+def test_a_speech_only_system_trains(tmp_path, tiny_speech_sailer, rows) -> None:
+    run = trainer(tmp_path, tiny_speech_sailer, rows, heads=["primary"])
+    run.train()
+    assert set(run.state.log_history[0]) >= {"loss", "loss_primary"} and "eval_ccc" not in run.state.log_history[1]
 
 
 def test_manifold_mixup_trains_and_evaluation_does_not_mix(tmp_path, tiny_sailer, rows) -> None:

@@ -1,0 +1,386 @@
+"""The main job: a recipe and a corpus in, one folder out that anyone can load; trained, evaluated, drawn and used."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
+from transformers.utils import logging
+
+from sailer import (
+    SailerForAudioClassification,
+    SailerProcessor,
+    SailerTrainer,
+    reporting,
+    tiny_backbones,
+)
+from sailer.data import CorpusError, LabelSet, load_corpus
+from sailer.data.collator import SailerCollator
+from sailer.data.features import FeatureStore
+from sailer.data.labels import distribution
+from sailer.data.preview import preview
+from sailer.data.sampler import PlannedDataset
+from sailer.evaluation import (
+    baselines,
+    calibrate,
+    calibration_report,
+    draw_confusion,
+    summary,
+    without_prefix,
+    write_json,
+)
+from sailer.losses import SailerObjective, label_prior, label_weights
+from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class System:
+    """A model, what feeds it, and how its targets were weighted."""
+
+    model: SailerForAudioClassification
+    processor: SailerProcessor
+    label_set: LabelSet
+    label_weights: list[float]
+    label_prior: list[float]
+
+
+def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None) -> Path:
+    """Train the system of a recipe.
+
+    Args:
+        recipe: name of a bundled recipe or path of a YAML file.
+        overrides: options on top of it.
+
+    Returns:
+        The folder with the checkpoint, `metrics.json`, plots, model card and the recipe as resolved.
+
+    Raises:
+        SettingsError: an unknown option or a contradiction.
+        CorpusError: the corpus cannot be read.
+        ValueError: a backbone cannot be loaded.
+    """
+
+    return train(resolve(load_recipe(recipe), overrides, origin=f"recipe {recipe}"))
+
+
+def train(settings: Settings) -> Path:
+    """Train, evaluate, save and try the system that the settings describe; see `run`."""
+
+    started = time.perf_counter()
+    logging.disable_progress_bar()  # of loading and saving, which take a moment
+    resolved = to_yaml(settings)
+    output_dir = Path(settings.training.output_dir)
+    settings.training.output_dir = str(output_dir / CHECKPOINTS)
+    set_seed(settings.training.seed)
+
+    label_set = settings.data.label_set()
+    with settings.training.main_process_first(desc="reading the corpus"):
+        corpus = read_corpus(settings.data, label_set)
+    train_rows, validation_rows = corpus[settings.data.train_split], corpus[settings.data.validation_split]
+    test_splits = {name: corpus[name] for name in corpus if name in _test_splits(settings.data, corpus)}
+    for name, rows in corpus.items():
+        print(f"{name}: {len(rows)} clips, {np.nansum(rows.with_format('numpy')['duration']) / 3600:.2f} h")
+
+    system = build_system(settings, label_set, train_rows)
+    trained_on = [train_rows]
+    if settings.data.shuffled_label_baseline:
+        trained_on.append(shuffle_labels(train_rows, settings.training.seed))
+    planned = [
+        PlannedDataset(rows, settings.augmentation, label_set, seed=settings.training.seed) for rows in trained_on
+    ]
+    if settings.data.preview and settings.training.process_index == 0:
+        folder = preview(planned[0], settings.data.preview, output_dir / "preview", system.processor.sampling_rate)
+        print(f"{settings.data.preview} augmented clips, their targets and a chart of the classes are in {folder}")
+    features = cache_features(settings, system, [*planned, validation_rows, *test_splits.values()], output_dir)
+    trainer = fit(settings, system, planned[0], validation_rows, features)
+
+    validation = trainer.predict(validation_rows)
+    calibrate(system.model, validation)
+    metrics: dict[str, Any] = {"validation": validation.metrics | calibration_report(system.model, validation)}
+    metrics["validation"]["calibration_temperature"] = system.model.config.calibration_temperature
+    baseline_trainer = None
+    if settings.data.shuffled_label_baseline:
+        print("\nBaseline: the same system trained on shuffled labels")
+        set_seed(settings.training.seed)
+        shuffled = build_system(settings, label_set, train_rows)
+        baseline_trainer = fit(settings, shuffled, planned[1], validation_rows, features)
+    predictions = {}
+    for name, rows in test_splits.items():
+        predictions[name] = trainer.predict(rows)
+        metrics[name] = predictions[name].metrics | calibration_report(system.model, predictions[name])
+        if "primary" in system.model.config.heads:
+            metrics[name] |= baselines(train_rows, rows, label_set, baseline_trainer)
+    metrics = {key: without_prefix(figures) for key, figures in metrics.items()}
+    metrics["wall_seconds"] = time.perf_counter() - started
+
+    if trainer.is_world_process_zero():
+        with staged(output_dir) as folder:
+            system.model.save_pretrained(folder)
+            system.processor.save_pretrained(folder)
+            write_json(metrics, folder / "metrics.json")
+            (folder / "recipe.yaml").write_text(resolved)
+            reporting.plot_training(trainer.state.log_history, folder / "training_curve.png")
+            for name, prediction in predictions.items():
+                if "logits" in prediction.predictions:
+                    path = folder / ("confusion_matrix.png" if len(predictions) == 1 else f"confusion_{name}.png")
+                    logits, labels = prediction.predictions["logits"], prediction.label_ids["consensus"]
+                    draw_confusion(logits, labels, label_set, path)
+            facts = card_facts(settings, resolved, corpus, label_set, metrics)
+            reporting.render_card(facts, folder / "README.md")
+        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
+        for name in test_splits:
+            print(summary(name, metrics[name]))
+        try_out(output_dir, next(iter(test_splits.values()), validation_rows))
+        print(f"\nThe system, its card and its figures are in {output_dir}")
+    return output_dir
+
+
+def read_corpus(data: DataSettings, label_set: LabelSet) -> DatasetDict:
+    """The recipe's corpus in canonical rows.
+
+    Raises:
+        CorpusError: the corpus cannot be read, or lacks a split that the recipe names (lists those it has).
+    """
+
+    corpus = load_corpus(data.corpus, data.data_dir, label_set=label_set, **data.corpus_options)
+    for split in (data.train_split, data.validation_split, *(data.test_splits or [])):
+        if split not in corpus:
+            raise CorpusError(f"Corpus {data.corpus} has no split {split!r}; it has {list(corpus)}.")
+    return corpus
+
+
+def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset) -> System:
+    """The model and processor of the settings, with the training targets' prior q and weights w in the config.
+
+    Raises:
+        ValueError: a backbone or base model cannot be loaded, or has other labels than the corpus (names both).
+    """
+
+    model, processor = load_system(settings.model, label_set, train_rows)
+    columns = train_rows.select_columns(["votes", "label"]).with_format("numpy")[:]
+    targets = distribution(columns["votes"])
+    if settings.objective.objective == "ce":
+        targets = np.full_like(targets, np.nan)
+        known = columns["label"] >= 0
+        targets[known] = np.eye(targets.shape[1])[columns["label"][known]]
+    prior = label_prior(targets)
+    weights = label_weights(prior, label_set.labels)
+    objective = SailerObjective(settings.objective, weights, prior)
+    model.config.label_prior = prior.tolist()
+    model.config.label_weights = objective.implied_label_weights(len(label_set.labels)).tolist()
+    model.config.target_weighting = settings.objective.target_weighting
+    model.config.text_dropout = settings.augmentation.text_dropout
+    return System(model, processor, label_set, weights.tolist(), prior.tolist())
+
+
+def load_system(
+    model_settings: ModelSettings, label_set: LabelSet, train_rows: Dataset
+) -> tuple[SailerForAudioClassification, SailerProcessor]:
+    """A new system on the recipe's backbones, or the base model that it names."""
+
+    if model_settings.base_model:
+        model = SailerForAudioClassification.from_pretrained(model_settings.base_model)
+        if model.config.labels != list(label_set.labels):
+            raise ValueError(
+                f"Base model {model_settings.base_model} has the labels {model.config.labels} and the recipe "
+                f"{list(label_set.labels)}: name the same labels in the same order."
+            )
+        return model, SailerProcessor.from_pretrained(model_settings.base_model)
+    with tempfile.TemporaryDirectory() as folder:
+        audio = local_backbone(model_settings.audio_backbone, Path(folder), train_rows)
+        text = local_backbone(model_settings.text_backbone, Path(folder), train_rows)
+        model = SailerForAudioClassification.from_audio_text_pretrained(
+            audio,
+            text,
+            labels=label_set.labels,
+            majority_labels=label_set.majority,
+            scored_labels=label_set.scored,
+            **model_settings.config_options(),
+        )
+        tokenizer = None if text is None else AutoTokenizer.from_pretrained(text)
+        return model, SailerProcessor(AutoFeatureExtractor.from_pretrained(audio), tokenizer)
+
+
+def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str | Path | None:
+    """`name`, or for one of the tiny backbones the folder below `folder` that it was made in."""
+
+    if name == "tiny-whisper":
+        return tiny_backbones.make_tiny_whisper(folder / name)
+    if name == "tiny-wavlm":
+        return tiny_backbones.make_tiny_wavlm(folder / name)
+    if name == "tiny-text":
+        return tiny_backbones.make_tiny_text(folder / name, texts=train_rows["transcript"])
+    return name
+
+
+def fit(
+    settings: Settings,
+    system: System,
+    train_dataset: PlannedDataset,
+    validation_rows: Dataset,
+    features: FeatureStore | None = None,
+) -> SailerTrainer:
+    """Train the system on clips under augmentation; its best epoch's weights are loaded at the end."""
+
+    collator = SailerCollator(
+        system.processor,
+        system.label_set,
+        system.model.config.heads,
+        max_seconds=settings.model.max_seconds,
+        hard_targets=settings.objective.objective == "ce",
+        features=features,
+    )
+    args = settings.training
+    trainer = SailerTrainer(
+        system.model,
+        args,
+        objective=SailerObjective(settings.objective, system.label_weights, system.label_prior),
+        label_set=system.label_set,
+        manifold_mixup=settings.augmentation.manifold_mixup,
+        evaluation_collator=replace(collator, hard_targets=False),
+        train_dataset=train_dataset,
+        eval_dataset=validation_rows,
+        data_collator=collator,
+        processing_class=system.processor,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.is_world_process_zero() and args.load_best_model_at_end:
+        print(f"Best {args.metric_for_best_model} on validation: {trainer.state.best_metric:.4f}")
+    return trainer
+
+
+def cache_features(
+    settings: Settings, system: System, datasets: list[PlannedDataset | Dataset], output_dir: Path
+) -> FeatureStore | None:
+    """The frozen towers' hidden states of everything that the run will hear, or None where they are not to be kept."""
+
+    data = settings.data
+    if data.cache_features == "off":
+        return None
+    folder = None
+    if data.cache_features == "disk":
+        folder = Path(data.feature_cache_dir or output_dir / "features")
+    collator = SailerCollator(
+        system.processor, system.label_set, system.model.config.heads, max_seconds=settings.model.max_seconds
+    )
+    system.model.to(settings.training.device).eval()
+    with settings.training.main_process_first(local=False, desc="keeping features"):
+        return FeatureStore.build(
+            system.model,
+            collator,
+            datasets,
+            folder=folder,
+            dtype=data.feature_dtype,
+            num_workers=settings.training.dataloader_num_workers,
+        )
+
+
+def shuffle_labels(rows: Dataset, seed: int) -> Dataset:
+    """The rows with everything that was annotated moved to other rows at random: audio and labels no longer match."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    annotated = ["votes", "secondary_votes", "attributes", "label"]
+    labels = rows.select_columns(annotated).select(order).flatten_indices()
+
+    return concatenate_datasets([rows.remove_columns(annotated), labels], axis=1)
+
+
+def try_out(folder: Path, rows: Dataset, clips: int = 3) -> None:
+    """Load the folder as anyone would, and print what it says of a few unseen clips of different classes."""
+
+    labels = np.asarray(rows["label"])
+    _, first = np.unique(labels, return_index=True)
+    chosen = [int(i) for i in sorted(first) if labels[i] >= 0][:clips] or list(range(min(clips, len(rows))))
+    classifier = pipeline(model=str(folder), trust_remote_code=True)
+    names = list(classifier.model.config.id2label.values())
+    print(f"\npipeline(model={str(folder)!r}, trust_remote_code=True) on unseen clips:")
+    for row in (rows[i] for i in chosen):
+        source = row["audio"]["path"] or row["audio"]["bytes"]
+        scores = classifier({"audio": source, "text": row["transcript"]}, top_k=3)
+        told = ", ".join(f"{score['label']} {score['score']:.2f}" for score in scores)
+        truth = names[row["label"]] if row["label"] >= 0 else "no agreement"
+        print(f"  {row['id']} ({truth}): {told}")
+
+
+def card_facts(
+    settings: Settings, resolved: str, corpus: DatasetDict, label_set: LabelSet, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the model card says of this run."""
+    figures = {split: values for split, values in metrics.items() if isinstance(values, dict)}
+    baseline_names = {
+        "baseline_majority_macro_f1": "always the commonest class",
+        "baseline_shuffled_macro_f1": "the same system trained on shuffled labels",
+    }
+    chance = {
+        split: {title: {"macro_f1": values[key]} for key, title in baseline_names.items() if key in values}
+        for split, values in figures.items()
+    }
+    model = settings.model
+    output_dir = Path(settings.training.output_dir).parent
+    return {
+        "model_name": output_dir.name,
+        "model_id": output_dir.name,
+        "audio_backbone": model.audio_backbone or model.base_model,
+        "text_backbone": model.text_backbone,
+        "audio_layers": model.audio_layers,
+        "heads": model.heads,
+        "labels": list(label_set.labels),
+        "scored_labels": list(label_set.scored),
+        "corpus": settings.data.corpus,
+        "synthetic": settings.data.corpus == "synthetic",
+        "statistics": {name: _class_counts(rows, label_set) for name, rows in corpus.items()},
+        "settings": resolved,
+        "metrics": {
+            split: {key: value for key, value in values.items() if key not in baseline_names}
+            for split, values in figures.items()
+        },
+        "baselines": {split: value for split, value in chance.items() if value},
+        "training": {
+            "epochs": settings.training.num_train_epochs,
+            "wall time": f"{metrics['wall_seconds']:.0f} s",
+        },
+        "files": {"training_curve.png": "Losses and validation metrics over the epochs"},
+    }
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write to; its files replace those of `folder` when the block ends well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
+        yield Path(partial)
+        for path in sorted(Path(partial).rglob("*")):
+            target = folder / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.replace(target)
+
+
+def _test_splits(data: DataSettings, corpus: DatasetDict) -> list[str]:
+    return data.test_splits if data.test_splits is not None else [name for name in corpus if name.startswith("test")]
+
+
+def _class_counts(rows: Dataset, label_set: LabelSet) -> dict[str, int]:
+    labels = np.asarray(rows["label"])
+    names = [*label_set.labels, "no agreement", "unlabelled"]
+    codes = [*range(len(label_set.labels)), -1, -100]
+    counts = {name: int((labels == code).sum()) for name, code in zip(names, codes, strict=True)}
+    return {name: count for name, count in counts.items() if count or name in label_set.labels}
+
+
+if __name__ == "__main__":
+    from sailer.cli import main  # a script is imported twice: here and, for its work, as sailer.train
+
+    sys.exit(main(["train", *sys.argv[1:]]))
