@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_sailer import ATTRIBUTES, SailerConfig
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
@@ -566,9 +566,14 @@ def _load_encoder(source: str | os.PathLike, attn_implementation: str | None) ->
             options["key_mapping"] = {r"^(?:model\.)?encoder\.": ""}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
-        encoder, report = encoder_class.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # unused tensors, a decoder's for one, are none of the user's concern
+        try:
+            encoder, report = encoder_class.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )
+        finally:
+            logging.set_verbosity(verbosity)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"The backbone {str(source)!r} cannot be loaded: {error} {advice}") from error
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
