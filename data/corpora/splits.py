@@ -74,22 +74,36 @@ def chosen(present: Sequence[str], wanted: Sequence[str] | str | None) -> list[s
     return [name if name in present else str(split_name(name)) for name in names]
 
 
-def split_by_speaker(
-    speakers: Sequence[str], fractions: Mapping[str, float] | None, report: CorpusReport
+def assign_splits(
+    named: Sequence[str | None],
+    speakers: Sequence[str],
+    has_column: bool,
+    fractions: Mapping[str, float] | None,
+    report: CorpusReport,
 ) -> list[str]:
-    """A split for each row, so that no speaker is in two of them; always the same for the same speakers.
+    """The split of each clip of a table.
 
     Args:
-        speakers: the speaker of each row; a row without one is a speaker by itself.
-        fractions: the share of the rows that each split but "train" is to have at least; None puts all into "train".
-        report: notes that no split was given.
+        named: the split that each clip names; None where it names none. Such clips are "unassigned" beside others.
+        speakers: the speaker of each; a clip without one is a speaker by itself.
+        has_column: whether the table has a column of splits at all.
+        fractions: without splits, the share of the clips that each split but "train" is to have at least; speakers
+            are kept apart, and the same ones always fall alike. None puts all into "train".
+        report: notes which of this was done.
 
     Raises:
-        CorpusError: a fraction outside 0 to 1, or together more than 1, or a name that is no split.
+        CorpusError: fractions beside a column of splits, outside 0 to 1 or together 1 or more, or a name that is no
+            split.
     """
+    if fractions and has_column:
+        raise CorpusError("A split column and split_fractions are both given: leave one out.")
+    if any(named):
+        if None in named:
+            report.note(f"{named.count(None)} clips name no split: they are the split 'unassigned'.")
+        return [split or "unassigned" for split in named]
     if not fractions:
         report.note("No split is given: every clip is in 'train'. Name a split column, or set split_fractions.")
-        return ["train"] * len(speakers)
+        return ["train"] * len(named)
     if any(not 0 <= share < 1 for share in fractions.values()) or sum(fractions.values()) >= 1:
         raise CorpusError(
             f"split_fractions {dict(fractions)}: give shares from 0 to 1 that leave some clips to train."
@@ -101,7 +115,7 @@ def split_by_speaker(
     for text, share in fractions.items():
         taken = 0
         while taken < share * len(keys) and (speaker := next(order, None)) is not None:
-            split_of[speaker] = split_name(text) or "train"
+            split_of[speaker] = split_name(text) or "unassigned"
             taken += clips[speaker]
     return [split_of.get(key, "train") for key in keys]
 

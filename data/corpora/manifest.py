@@ -1,0 +1,196 @@
+"""Anyone's corpus: a CSV, TSV, JSON Lines or Parquet file with a row per clip or per annotation, in canonical rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sailer.data.corpora.files import FileIndex, Problems, attach_recordings, read_text
+from sailer.data.corpora.mapping import TableReader
+from sailer.data.corpora.splits import assign_splits, by_split, take_rows
+from sailer.data.schema import CorpusError, CorpusReport, LabelSet
+
+READS_FOLDER = False
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+
+
+def load(
+    path: Path | None,
+    *,
+    label_set: LabelSet,
+    audio: bool,
+    strict: bool,
+    report: CorpusReport,
+    columns: Mapping[str, Any] | None = None,
+    rows: str | None = None,
+    label_names: Mapping[Any, str | None] | None = None,
+    attribute_scale: Sequence[float] = (1, 7),
+    split_names: Mapping[Any, str] | None = None,
+    split_fractions: Mapping[str, float] | None = None,
+    audio_folder: str | Path | None = None,
+    delimiter: str | None = None,
+    splits: Sequence[str] | str | None = None,
+    minimum_seconds: float = 0.0,
+) -> dict[str, dict[str, Any]]:
+    """Columns of the canonical row per split, from one table whose columns a small mapping names.
+
+        columns:
+          audio: file                # the recording, relative to the table
+          transcript: text
+          label: emotion             # the clip's class; or, in rows per annotation, the annotator's answer
+          votes: {Angry: n_angry, Sad: n_sad}   # or one column that lists the annotators' answers
+          secondary: others          # a list, or names separated by commas, semicolons or bars
+          attributes: {arousal: act, valence: val, dominance: dom}
+          speaker: who
+          split: part
+        label_names: {ang: Angry, xxx: no agreement, oth: null}
+        attribute_scale: [1, 5]
+
+    A clip with a label but no votes gets one vote for it; one with votes but no label gets their plurality.
+
+    Args:
+        path: the table, or a folder that holds exactly one.
+        label_set: the primary emotions; labels match in any case and spacing.
+        audio: False loads the labels alone.
+        strict: raise on a row or recording that cannot be used; False counts it instead.
+        report: counts what is left out.
+        columns: canonical key -> column, of id, audio, duration, transcript, label, votes, secondary, attributes,
+            speaker, sex, age, split and annotator. By default the columns that bear these names.
+        rows: "clip" or "annotation" for one row per annotator's answer; by default the latter if an annotator column
+            is named.
+        label_names: names in the table -> label, "no agreement", or null to leave such clips and votes out.
+        attribute_scale: the lowest and highest rating.
+        split_names: names in the table -> train, validation, test, ...
+        split_fractions: without a split column, the share of clips of each split but train, such as
+            {validation: 0.1, test: 0.1}; no speaker is in two. By default all clips are in train.
+        audio_folder: what the recordings' paths are relative to, and may not leave; by default the table's folder.
+        delimiter: of a CSV or TSV file, instead of a comma or tab.
+        splits: which to load; by default all.
+        minimum_seconds: leave out shorter clips.
+
+    Raises:
+        CorpusError: no such table, a mapping that does not fit it, or what `strict` refuses; the message names the
+            line, the value and the known ones.
+    """
+    file = _table_file(path)
+    problems = Problems(file, strict, report)
+    table, lines = _read(file, delimiter, problems)
+    unit = "row" if file.suffix.lower() == ".parquet" else "line"
+    reader = TableReader(
+        table=table,
+        columns=columns,
+        rows=rows,
+        label_set=label_set,
+        problems=problems,
+        where=lambda row: f"{unit} {lines[row]}",
+        label_names=label_names,
+        attribute_scale=attribute_scale,
+        split_names=split_names,
+    )
+    if audio and "audio" not in reader.columns:
+        raise CorpusError(
+            f"{file} has no column said to be audio: name it in `columns`, or pass audio=False for the labels alone."
+        )
+    clips, split, first_rows = reader.read()
+    clips["split"] = assign_splits(split, clips["speaker"], "split" in reader.columns, split_fractions, report)
+    if audio:
+        folder = Path(audio_folder or file.parent).expanduser()
+        if not folder.is_dir():
+            raise CorpusError(f"audio_folder {folder} is not a folder.")
+        names = [_relative(str(table[reader.columns["audio"]][row] or "").strip(), folder) for row in first_rows]
+        index = FileIndex(folder)
+        kept = attach_recordings(clips, names, index, minimum_seconds=minimum_seconds, problems=problems)
+        clips = take_rows(clips, kept)
+    elif minimum_seconds > 0:
+        raise CorpusError("minimum_seconds needs the recordings: leave it out, or load with audio=True.")
+    return by_split(clips, clips.pop("split"), splits)
+
+
+def _table_file(path: Path | None) -> Path:
+    if path is None:
+        raise CorpusError(f"Corpus 'manifest' is read from a file: give its path (one of {', '.join(EXTENSIONS)}).")
+    path = path.expanduser()
+    if path.is_dir():
+        tables = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
+        if len(tables) != 1:
+            names = [file.name for file in tables]
+            raise CorpusError(f"The folder {path} holds {len(tables)} tables {names}: give the path of one.")
+        return tables[0]
+    if not path.is_file():
+        raise CorpusError(f"The manifest {path} does not exist. Check the path.")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise CorpusError(f"The manifest {path} is none of {', '.join(EXTENSIONS)}: convert it to one of them.")
+    return path
+
+
+def _read(file: Path, delimiter: str | None, problems: Problems) -> tuple[dict[str, list[Any]], list[int]]:
+    """Column -> values, and the line (or row, from 1) of each."""
+    form = file.suffix.lower()
+    if form == ".parquet":
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            table = parquet.read_table(file).to_pydict()
+        except (ArrowInvalid, OSError) as error:
+            raise CorpusError(f"{file} is not a Parquet file that can be read: {error}") from None
+        lines = list(range(1, 1 + max(map(len, table.values()), default=0)))
+    elif form in (".jsonl", ".ndjson"):
+        table, lines = _read_json_lines(read_text(file, problems.report), problems)
+    else:
+        text = read_text(file, problems.report)
+        table, lines = _read_csv(text, delimiter or ("\t" if form == ".tsv" else ","), problems)
+    if not lines:
+        raise CorpusError(f"The manifest {file} has no rows.")
+    return table, lines
+
+
+def _read_json_lines(text: str, problems: Problems) -> tuple[dict[str, list[Any]], list[int]]:
+    rows, lines = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                row = f"{line[:60]!r} ({error.msg})"
+            if isinstance(row, dict):
+                rows.append(row)
+                lines.append(number)
+            else:
+                problems.add(f"line {number}", f"not a JSON object: {row}", "malformed row")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}, lines
+
+
+def _read_csv(text: str, delimiter: str, problems: Problems) -> tuple[dict[str, list[Any]], list[int]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    header: list[str] = []
+    rows, lines = [], []
+    line = 1
+    try:
+        for cells in reader:
+            if not header:
+                header = [cell.strip() for cell in cells]
+            elif len(cells) == len(header):
+                rows.append(cells)
+                lines.append(line)
+            elif any(cell.strip() for cell in cells):
+                problems.add(f"line {line}", f"{len(cells)} cells under {len(header)} columns", "malformed row")
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise CorpusError(f"{problems.source}, line {line}: {error}. Close its quotation marks.") from None
+    twice = {name for name in header if header.count(name) > 1}
+    if twice:
+        raise CorpusError(f"{problems.source} has two columns of the same name: {sorted(twice)}. Rename one.")
+    return {name: [cells[column] for cells in rows] for column, name in enumerate(header)}, lines
+
+
+def _relative(name: str, folder: Path) -> str:
+    """An absolute path inside the folder as one relative to it; any other as it is."""
+    return (
+        os.path.relpath(name, folder) if os.path.isabs(name) and Path(name).is_relative_to(folder.absolute()) else name
+    )
