@@ -575,7 +575,8 @@ def _load_encoder(source: str | os.PathLike, attn_implementation: str | None) ->
         finally:
             logging.set_verbosity(verbosity)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"The backbone {str(source)!r} cannot be loaded: {error} {advice}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The backbone {str(source)!r} cannot be loaded: {reason} {advice}") from error
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     lost = sorted({*report["missing_keys"], *mismatched})
     if lost:
