@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,13 @@ def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset) -
         ValueError: a backbone or base model cannot be loaded, or has other labels than the corpus (names both).
     """
 
-    model, processor = load_system(settings.model, label_set, train_rows)
+    with settings.training.main_process_first(local=False, desc="making tiny backbones"):
+        folder = Path(settings.training.output_dir) / "backbones"
+        backbones = [
+            local_backbone(name, folder, train_rows)
+            for name in (settings.model.audio_backbone, settings.model.text_backbone)
+        ]
+    model, processor = load_system(settings.model, label_set, *backbones)
     columns = train_rows.select_columns(["votes", "label"]).with_format("numpy")[:]
     targets = distribution(columns["votes"])
     if settings.objective.objective == "ce":
@@ -186,10 +193,9 @@ def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset) -
 
 
 def load_system(
-    model_settings: ModelSettings, label_set: LabelSet, train_rows: Dataset
+    model_settings: ModelSettings, label_set: LabelSet, audio: str | Path | None, text: str | Path | None
 ) -> tuple[SailerForAudioClassification, SailerProcessor]:
-    """A new system on the recipe's backbones, or the base model that it names."""
-
+    """A new system on two backbones, or the base model that the settings name."""
     if model_settings.base_model:
         model = SailerForAudioClassification.from_pretrained(model_settings.base_model)
         if model.config.labels != list(label_set.labels):
@@ -198,31 +204,28 @@ def load_system(
                 f"{list(label_set.labels)}: name the same labels in the same order."
             )
         return model, SailerProcessor.from_pretrained(model_settings.base_model)
-    with tempfile.TemporaryDirectory() as folder:
-        audio = local_backbone(model_settings.audio_backbone, Path(folder), train_rows)
-        text = local_backbone(model_settings.text_backbone, Path(folder), train_rows)
-        model = SailerForAudioClassification.from_audio_text_pretrained(
-            audio,
-            text,
-            labels=label_set.labels,
-            majority_labels=label_set.majority,
-            scored_labels=label_set.scored,
-            **model_settings.config_options(),
-        )
-        tokenizer = None if text is None else AutoTokenizer.from_pretrained(text)
-        return model, SailerProcessor(AutoFeatureExtractor.from_pretrained(audio), tokenizer)
+    model = SailerForAudioClassification.from_audio_text_pretrained(
+        audio,
+        text,
+        labels=label_set.labels,
+        majority_labels=label_set.majority,
+        scored_labels=label_set.scored,
+        **model_settings.config_options(),
+    )
+    tokenizer = None if text is None else AutoTokenizer.from_pretrained(text)
+    return model, SailerProcessor(AutoFeatureExtractor.from_pretrained(audio), tokenizer)
 
 
 def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str | Path | None:
-    """`name`, or for one of the tiny backbones the folder below `folder` that it was made in."""
-
-    if name == "tiny-whisper":
-        return tiny_backbones.make_tiny_whisper(folder / name)
-    if name == "tiny-wavlm":
-        return tiny_backbones.make_tiny_wavlm(folder / name)
-    if name == "tiny-text":
-        return tiny_backbones.make_tiny_text(folder / name, texts=train_rows["transcript"])
-    return name
+    """`name`, or for one of the tiny backbones the folder below `folder` where it is, made there if it is not yet."""
+    make = {
+        "tiny-whisper": tiny_backbones.make_tiny_whisper,
+        "tiny-wavlm": tiny_backbones.make_tiny_wavlm,
+        "tiny-text": partial(tiny_backbones.make_tiny_text, texts=train_rows["transcript"]),
+    }.get(name)
+    if make is None:
+        return name
+    return folder / name if (folder / name).is_dir() else make(folder / name)
 
 
 def fit(
@@ -358,10 +361,10 @@ def card_facts(
 def staged(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write to; its files replace those of `folder` when the block ends well."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as partial:
-        yield Path(partial)
-        for path in sorted(Path(partial).rglob("*")):
-            target = folder / path.relative_to(partial)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
+        yield Path(staging)
+        for path in sorted(Path(staging).rglob("*")):
+            target = folder / path.relative_to(staging)
             if path.is_dir():
                 target.mkdir(exist_ok=True)
             else:

@@ -101,6 +101,26 @@ def test_evaluating_the_folder_gives_its_own_figures(result: tuple[Path, str], t
     assert (out / "confusion_matrix.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_two_processes_count_every_clip_once(tmp_path: Path) -> None:
+    small = SMALL | {"validation_clips": 25}  # odd: one process has a clip less
+    options = [f"--corpus_options.{name}={value}" for name, value in small.items()]
+    options += ["--num_train_epochs=1", "--shuffled_label_baseline=false", "--use_cpu", "--disable_tqdm"]
+    script = Path(__file__).resolve().parents[1] / "train.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    finished = subprocess.run(
+        [*command, "demo", "--output_dir", str(tmp_path / "two"), *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["validation"]["clips"] == 25 and metrics["test"]["clips"] == 16
+    assert finished.stdout.count("The system, its card and its figures are in") == 1
+
+
 def test_shuffled_labels_keep_audio_and_counts() -> None:
     rows = load_corpus("synthetic", audio=False, **SMALL)["train"]
     shuffled = shuffle_labels(rows, seed=0)
