@@ -91,7 +91,7 @@ def test_some_recordings_cannot_be_used(tmp_path):
     whole = wav()
     recordings = [
         *({"path": "a.wav", "bytes": whole}, {"path": "b.wav", "bytes": b"text"}, {"path": "c.wav", "bytes": whole}),
-        *({"path": "d.wav", "bytes": whole[:5000]}, {"path": None, "bytes": None}),
+        *({"path": "d.wav", "bytes": whole[:5000]}, None),
     ]
     dataset(recordings).save_to_disk(tmp_path / "saved")
     with pytest.raises(CorpusError, match=r"Audio file of clip row-0000001 in .*saved is not readable as audio"):

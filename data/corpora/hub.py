@@ -236,7 +236,7 @@ def _with_audio(
 
     stored = _canonical_audio(column)
     sources = [_source(stored[row]) for row in first_rows]
-    names = [f"of clip {clip}" for clip in clips["id"]]
+    names = [f"of clip {clip} in {reader.problems.source}" for clip in clips["id"]]
     strict, report = reader.problems.strict, reader.problems.report
     durations = read_durations(sources, strict=strict, report=report, names=names)
     for clip, duration in zip(clips["id"], durations, strict=True):
