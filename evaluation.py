@@ -31,8 +31,11 @@ SUMMARY = {
     "accuracy": "accuracy",
     "min_map": "Min. mAP",
     "ccc": "CCC of the attributes",
-    "natural_uncalibrated_ece": "calibration error, natural prior",
-    "natural_ece": "  with the temperature fitted",
+    "kl": "KL from the annotators, balanced prior",
+    "natural_kl": "  natural prior, fitted temperature",
+    "ece": "calibration error, balanced prior",
+    "natural_uncalibrated_ece": "  natural prior",
+    "natural_ece": "  natural prior, fitted temperature",
 }
 
 
@@ -157,7 +160,7 @@ def summary(name: str, figures: Mapping[str, float]) -> str:
     """The figures of one split or system, and its baselines, for the terminal."""
     figures = without_prefix(figures)
     lines = [f"\n{name}: {figures.get('scored_clips', 0):.0f} scored clips"]
-    return "\n".join(lines + [f"  {title:36s}{figures[key]:.4f}" for key, title in SUMMARY.items() if key in figures])
+    return "\n".join(lines + [f"  {title:40s}{figures[key]:.4f}" for key, title in SUMMARY.items() if key in figures])
 
 
 def draw_confusion(logits: np.ndarray, labels: np.ndarray, label_set: LabelSet, path: Path) -> None:

@@ -141,7 +141,7 @@ def train(settings: Settings) -> Path:
             facts = card_facts(settings, resolved, corpus, label_set, metrics)
             reporting.render_card(facts, folder / "README.md")
         shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
-        for name in test_splits:
+        for name in ("validation", *test_splits):
             print(summary(name, metrics[name]))
         try_out(output_dir, next(iter(test_splits.values()), validation_rows))
         print(f"\nThe system, its card and its figures are in {output_dir}")
