@@ -164,6 +164,23 @@ def test_cached_features_train_to_the_same_system(tmp_path: Path) -> None:
         np.testing.assert_allclose(value.numpy(), states[1][name].numpy(), atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
+def test_another_label_set_runs_through(tmp_path: Path, capsys) -> None:
+    """Four classes as in IEMOCAP: training, metrics, checkpoint; then the checkpoint meets a corpus of nine."""
+    four = ["Neutral", "Happy", "Sad", "Angry"]
+    options = OPTIONS | {"labels": four, "majority_labels": ["Neutral"], "output_dir": str(tmp_path / "four")}
+    options |= {"num_train_epochs": 1, "shuffled_label_baseline": False}
+    folder = run("demo", options)
+    config = SailerForAudioClassification.from_pretrained(folder).config
+    assert config.labels == four and config.majority_labels == ["Neutral"] and config.scored_labels == four
+    test = json.loads((folder / "metrics.json").read_text())["test"]
+    assert test["scored_clips"] == 8 and {key for key in test if key.startswith("f1_")} == {f"f1_{x}" for x in four}
+    arguments = ["train", "demo", "--base_model", str(folder), "--output_dir", str(tmp_path / "nine")]
+    assert main([*arguments, *(f"--corpus_options.{name}={value}" for name, value in SMALL.items())]) == 2
+    error = capsys.readouterr().err
+    assert str(four) in error and "'Contempt'" in error
+
+
 def test_a_base_model_with_other_labels_is_refused(tmp_path: Path, tiny_sailer: Path) -> None:
     settings = small_settings(tmp_path, base_model=str(tiny_sailer), labels=["Angry", "Happy"], majority_labels=[])
     rows = load_corpus("synthetic", audio=False, label_set=settings.data.label_set(), **SMALL)["train"]
