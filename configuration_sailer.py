@@ -43,6 +43,8 @@ class SailerConfig(PretrainedConfig):
             `"weighted_norm"` (each layer-normalised first).
         hidden_size (`int`, defaults to 256): filters of the 1x1 convolutions and width of each MLP's hidden layer.
         conv_dropout (`float`, defaults to 0.1): dropout between the convolutions.
+        frame_norm (`bool`, defaults to `False`): batch-normalise the speech frames before the convolutions (not the
+            paper's).
         heads (sequence of `str`): outputs to build, of `"primary"`, `"secondary"`, `"attributes"`, `"sex"`, `"age"`.
         freeze_audio, freeze_text (`bool`, default to `True`): whether the towers stay as they were loaded.
         labels (sequence of `str`, *optional*): primary emotions; the nine of MSP-Podcast by default (or `id2label`).
@@ -77,6 +79,7 @@ class SailerConfig(PretrainedConfig):
         audio_layers: str = "last",
         hidden_size: int = 256,
         conv_dropout: float = 0.1,
+        frame_norm: bool = False,
         heads: Sequence[str] = ("primary", "secondary", "attributes"),
         freeze_audio: bool = True,
         freeze_text: bool = True,
@@ -100,6 +103,7 @@ class SailerConfig(PretrainedConfig):
         self.audio_layers = audio_layers
         self.hidden_size = hidden_size
         self.conv_dropout = conv_dropout
+        self.frame_norm = frame_norm
         self.heads = [head for head in HEADS if head in heads]
         self.freeze_audio = freeze_audio
         self.freeze_text = freeze_text

@@ -205,9 +205,10 @@ class SailerModel(SailerPreTrainedModel):
         if config.audio_layers != "last":
             layers = config.audio_config.num_hidden_layers + 1
             self.audio_layer_weights = LayerWeights(layers, normalize=config.audio_layers == "weighted_norm")
-        self.audio_projection = AudioProjection(
-            config.audio_config.hidden_size, config.hidden_size, config.conv_dropout
-        )
+        width = config.audio_config.hidden_size
+        if config.frame_norm:
+            self.audio_frame_norm = nn.BatchNorm1d(width, affine=False)
+        self.audio_projection = AudioProjection(width, config.hidden_size, config.conv_dropout)
         self.text_encoder = None
         if config.text_config is not None:
             self.text_encoder = text_encoder or _build_encoder(config.text_config)
@@ -263,6 +264,9 @@ class SailerModel(SailerPreTrainedModel):
         states = states.to(dtype)
         if self.config.audio_layers != "last":
             states = self.audio_layer_weights(states)
+        if self.config.frame_norm:  # of the clips' own frames alone
+            own = states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            states = states.masked_scatter(own.unsqueeze(-1), self.audio_frame_norm(states[own]).to(states.dtype))
         projected = self.audio_projection(states.transpose(1, 2)).transpose(1, 2)
         embeddings = _masked_mean(projected, mask)
 
@@ -385,9 +389,8 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         if "attributes" in config.heads:
             sizes |= dict.fromkeys(ATTRIBUTES, 1)
         width = self.sailer.embedding_size
-        self.heads = nn.ModuleDict(
-            {name: PredictionHead(width, config.hidden_size, size) for name, size in sizes.items()}
-        )
+        heads = {name: PredictionHead(width, config.hidden_size, size) for name, size in sizes.items()}
+        self.heads = nn.ModuleDict(heads)
         self.post_init()
 
     def forward(

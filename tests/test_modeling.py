@@ -361,3 +361,33 @@ def test_label_constants_agree_with_the_corpus_side() -> None:
 
     for name in ("PRIMARY_LABELS", "MAJORITY_LABELS", "SECONDARY_LABELS", "ATTRIBUTES"):
         assert getattr(hub, name) == getattr(schema, name)
+
+
+@pytest.mark.parametrize("audio_layers", ["last", "weighted_norm"])
+def test_frame_norm_sees_the_clips_own_frames_alone(audio_layers: str, tiny_whisper: Path, tmp_path: Path) -> None:
+    model, processor = build(tiny_whisper, audio_layers=audio_layers, frame_norm=True)
+    clips = [noise(0.3), noise(0.9, seed=1)]
+    inputs = processor(audio=clips, sampling_rate=16000)
+    model.train()
+    model(**inputs)
+    with torch.no_grad():
+        own = []
+        for clip in clips:
+            alone = processor(audio=clip, sampling_rate=16000)
+            states, _ = model.sailer.audio_hidden_states(alone["input_features"], alone["attention_mask"])
+            own.append(states[0] if audio_layers == "last" else model.sailer.audio_layer_weights(states)[0])
+    # PyTorch's running statistics start at 0 and 1 and move a tenth of the way to each batch's.
+    norm, frames = model.sailer.audio_frame_norm, torch.cat(own)
+    torch.testing.assert_close(norm.running_mean, 0.1 * frames.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * frames.var(0), atol=1e-5, rtol=1e-4)
+
+    model.eval()
+    assert largest_difference(model, processor, [noise(seconds) for seconds in (0.4, 1.7, 3.0)]) < 1e-5
+    states, mask = model.sailer.audio_hidden_states(inputs["input_features"], inputs["attention_mask"])
+    logits = model(**inputs).logits
+    torch.testing.assert_close(model(audio_hidden_states=states, attention_mask=mask).logits, logits)
+    one = model(audio_hidden_states=states[:1], attention_mask=torch.ones(1, states.shape[-2])).logits
+    torch.testing.assert_close(model(audio_hidden_states=states[:1]).logits, one)
+    model.save_pretrained(tmp_path)
+    again = SailerForAudioClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(**inputs).logits, logits)
