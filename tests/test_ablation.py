@@ -1,0 +1,129 @@
+"""The ablation benchmark: speaker-disjoint folds, equal runs shared, spreads, resuming, and one tiny table."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "ablation.py"
+TINY = {"train_clips": 24, "validation_clips": 12, "test_clips_per_class": 1, "speakers": 6}
+
+
+@pytest.fixture
+def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ablation", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def options(ablation: ModuleType) -> argparse.Namespace:
+    options = ablation.make_parser().parse_args(["--audio_backbone", "tiny-whisper", "--seeds", "0", "1"])
+    options.ravdess = Path("ravdess")
+    return options
+
+
+def test_folds_are_disjoint_and_each_actor_is_tested_once(ablation):
+    folds = [ablation.fold_actors(fold) for fold in range(1, 6)]
+    assert sorted(actor for fold in folds for actor in fold["test_actors"]) == list(range(1, 21))
+    for fold in folds:
+        assert sorted(actor for actors in fold.values() for actor in actors) == list(range(1, 21))
+        assert [len(fold[name]) for name in ("test_actors", "validation_actors", "train_actors")] == [4, 2, 14]
+        # Odd actors are male, even ones female: as many of each in every split.
+        assert all(sum(actor % 2 for actor in actors) * 2 == len(actors) for actors in fold.values())
+
+
+def test_every_row_resolves_and_equal_runs_are_one(ablation, options):
+    groups = ablation.rows_to_run(options)
+    keys: dict[str, set[str]] = {}
+    for corpus, parts in groups.items():
+        for part, rows in parts.items():
+            for row in rows:
+                runs = ablation.runs_of(corpus, row, options)
+                assert len(runs) == {"synthetic": 2, "ravdess": 5}[corpus]
+                for recipe in runs.values():
+                    ablation.resolve(recipe)
+                keys.setdefault(f"{corpus} {part} {row.setting}", set()).update(runs)
+    both = keys["synthetic augmentation (Table 3) both"]
+    assert keys["synthetic auxiliary targets (Table 4) none"] == both
+    assert keys["synthetic layers last layer"] == keys["synthetic objective kl to the votes"]
+    assert keys["synthetic layers last layer"].isdisjoint(both)
+
+
+def test_a_recipe_keeps_its_settings_but_not_its_splits(ablation, options, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "corpus: ravdess\naudio_backbone: other\nlearning_rate: 0.25\ncorpus_options: {test_actors: 1}\n"
+    )
+    options.recipes = [str(recipe)]
+    (row,) = ablation.rows_to_run(options)["ravdess"]["recipe"]
+    runs = list(ablation.runs_of("ravdess", row, options).values())
+    assert row.setting == "mine"
+    assert [run["learning_rate"] for run in runs] == [0.25] * 5
+    assert {run["audio_backbone"] for run in runs} == {"tiny-whisper"}
+    assert runs[1]["corpus_options"]["test_actors"] == [5, 6, 7, 8]
+
+
+def test_without_ravdess_its_rows_are_left_out_and_said_so(ablation, options, capsys):
+    options.ravdess = None
+    assert list(ablation.rows_to_run(options)) == ["synthetic"]
+    assert "--ravdess" in capsys.readouterr().err
+
+
+def test_means_spreads_and_paired_gains(ablation, options):
+    first, second = ablation.Row("first", paper=0.401), ablation.Row("second", {"audio_layers": "weighted"})
+    groups = {"synthetic": {"layers": (first, second)}}
+
+    def figures(macro_f1: float) -> dict:
+        return {"metrics": {"macro_f1": macro_f1, "accuracy": 0.5, "min_map": 0.25}}
+
+    keys = [list(ablation.runs_of("synthetic", row, options)) for row in (first, second)]
+    records = {keys[0][0]: figures(0.2), keys[0][1]: figures(0.4), keys[1][0]: figures(0.3), keys[1][1]: figures(0.52)}
+    lines = ablation.table(groups, records, options)
+    assert lines[0]["macro_f1"] == pytest.approx((0.3, 0.02**0.5))
+    assert lines[0]["gain"] is None
+    # The differences are 0.1 and 0.12.
+    assert lines[1]["gain"] == pytest.approx((0.11, 0.0002**0.5))
+    text = ablation.markdown(lines).splitlines()
+    assert len({line.count("|") for line in text}) == 1
+    assert text[2] == ("| synthetic | layers | first | 2 | 0.300 ± 0.141 | 0.500 ± 0.000 | 0.250 ± 0.000 |  | 0.401 |")
+    assert "**+0.110 ± 0.014**" in text[3]
+
+    del records[keys[1][1]]
+    one = ablation.table(groups, records, options)[1]
+    assert one["runs"] == 1 and one["gain"] == pytest.approx((0.1, 0.0))
+    assert "**" not in ablation.markdown([one])
+    assert ablation.table(groups, {}, options)[1]["macro_f1"] is None
+
+
+def test_a_line_that_was_cut_short_counts_as_not_run(ablation, tmp_path):
+    (tmp_path / "runs.jsonl").write_text('{"key": "a", "metrics": {}}\n{"key": "b", "met')
+    assert list(ablation.finished(tmp_path)) == ["a"]
+    assert ablation.finished(tmp_path / "elsewhere") == {}
+
+
+def test_a_tiny_table_is_written_and_a_second_call_trains_nothing(ablation, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("espeakng_loader")
+    rows = {"weighting": ablation.GROUPS["synthetic"]["weighting"][1:], "layers": ablation.LAYERS[:1]}
+    monkeypatch.setitem(ablation.GROUPS, "synthetic", rows)
+    monkeypatch.setattr(ablation, "SHARED", tmp_path)
+    arguments = ["--audio_backbone", "tiny-whisper", "--seeds", "0", "--epochs", "1", "--corpora", "synthetic"]
+    arguments += ["--synthetic", json.dumps(TINY), "--output_dir", str(tmp_path / "ablation")]
+    arguments += ["--markdown", str(tmp_path / "table.md"), "--json", str(tmp_path / "table.json")]
+    ablation.main(arguments)
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert [line["runs"] for line in report["rows"]] == [1, 1, 1]
+    assert all(0 <= line["macro_f1"][0] <= 1 for line in report["rows"])
+    assert " ".join(arguments) in report["command"] and report["hardware"] and report["date"]
+    assert (tmp_path / "table.md").read_text() == printed
+
+    monkeypatch.setattr(ablation, "run", None)
+    ablation.main(arguments)
+    assert capsys.readouterr().out == printed
