@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(command: argparse.Namespace) -> None:
     """Train, evaluate and save a system."""
-    _function("train", "run")(command.recipe, parse_overrides(command.options))
+    _from("train", "run")(command.recipe, parse_overrides(command.options))
 
 
 def evaluate(command: argparse.Namespace) -> Path | None:
     """Evaluate one system, or the mean of several, on a split of a corpus."""
-    return _function("evaluation", "evaluate_models")(
+    return _from("evaluation", "evaluate_models")(
         command.models,
         command.corpus,
         command.data_dir,
@@ -70,14 +70,12 @@ def evaluate(command: argparse.Namespace) -> Path | None:
 
 def predict(command: argparse.Namespace) -> Path | int | None:
     """Predict the emotions of recordings."""
-    return _function("predict", "main")(command)
+    return _from("predict", "main")(command)
 
 
 def convert(command: argparse.Namespace) -> Path:
     """Convert a checkpoint in the authors' format."""
-    return _function("conversion", "convert")(
-        command.source, command.destination, audio_backbone=command.audio_backbone
-    )
+    return _from("conversion", "convert")(command.source, command.destination, audio_backbone=command.audio_backbone)
 
 
 def data(command: argparse.Namespace) -> Path | None:
@@ -86,17 +84,26 @@ def data(command: argparse.Namespace) -> Path | None:
     from sailer.data.schema import CorpusReport
 
     options = parse_overrides(command.options)
-    output_dir = options.pop("output_dir", None)
+    output_dir, transcriber = options.pop("output_dir", None), options.pop("transcriber", None)
+    if transcriber and not output_dir:
+        raise SettingsError("--transcriber needs --output_dir, where it marks the transcripts that it makes.")
+    if output_dir:
+        _from("data.statistics", "check_output_dir")(Path(output_dir))
     label_set = DataSettings(**{name: options.pop(name) for name in LABEL_OPTIONS if name in options}).label_set()
-    report = CorpusReport()
+    report, machine_made = CorpusReport(), None
     corpus = load_corpus(command.name, command.data_dir, label_set=label_set, report=report, **options)
-    print(_function("data.statistics", "describe")(corpus, report))
-    return _function("data.statistics", "save")(corpus, output_dir) if output_dir else None
+    if transcriber:
+        file = Path(output_dir) / _from("data.statistics", "TRANSCRIPTS_FILE")
+        corpus, machine_made = _from("data.transcription", "fill_transcripts")(corpus, transcriber, file)
+    print(_from("data.statistics", "describe")(corpus, label_set, report, machine_made))
+    if not output_dir:
+        return None
+    return _from("data.statistics", "save")(corpus, output_dir, label_set, report, machine_made)
 
 
 def push(command: argparse.Namespace) -> str:
     """Upload a saved system to the Hub; its address."""
-    return _function("publishing", "push")(command.folder, command.repo_id, private=command.private)
+    return _from("publishing", "push")(command.folder, command.repo_id, private=command.private)
 
 
 def recipes(command: argparse.Namespace) -> None:
@@ -165,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
 
     added = add(data, "data NAME [DIR] [--output_dir DIR] [--option value ...]", _corpus_help)
     added.add_argument("name", metavar="NAME", help="the corpus")
-    added.add_argument("data_dir", nargs="?", metavar="DIR", help="its folder")
+    added.add_argument("data_dir", nargs="?", metavar="DIR", help="its folder, or for some a file or Hub id")
 
     added = add(push, "push DIR REPO_ID [--private]")
     added.add_argument("folder", type=Path, metavar="DIR")
@@ -215,7 +222,7 @@ def _mapping(option: str, text: str) -> dict[str, Any]:
     return value
 
 
-def _function(module: str, name: str) -> Callable[..., Any]:
+def _from(module: str, name: str) -> Any:
     # Imported when called: `sailer --help` must not wait for torch.
     return getattr(importlib.import_module(f"sailer.{module}"), name)
 

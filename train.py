@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import tempfile
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
-from transformers.utils import logging
 
 from sailer import (
     SailerForAudioClassification,
@@ -31,6 +32,7 @@ from sailer.data.features import FeatureStore
 from sailer.data.labels import distribution
 from sailer.data.preview import preview
 from sailer.data.sampler import PlannedDataset
+from sailer.data.statistics import class_counts, shared_speaker_warnings
 from sailer.evaluation import (
     baselines,
     calibrate,
@@ -42,6 +44,8 @@ from sailer.evaluation import (
 )
 from sailer.losses import SailerObjective, label_prior, label_weights
 from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 
@@ -80,7 +84,7 @@ def train(settings: Settings) -> Path:
     """Train, evaluate, save and try the system that the settings describe; see `run`."""
 
     started = time.perf_counter()
-    logging.disable_progress_bar()  # of loading and saving, which take a moment
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take a moment
     resolved = to_yaml(settings)
     output_dir = Path(settings.training.output_dir)
     settings.training.output_dir = str(output_dir / CHECKPOINTS)
@@ -159,6 +163,8 @@ def read_corpus(data: DataSettings, label_set: LabelSet) -> DatasetDict:
     for split in (data.train_split, data.validation_split, *(data.test_splits or [])):
         if split not in corpus:
             raise CorpusError(f"Corpus {data.corpus} has no split {split!r}; it has {list(corpus)}.")
+    for warning in shared_speaker_warnings(corpus):
+        logger.warning(warning)
     return corpus
 
 
@@ -342,7 +348,7 @@ def card_facts(
         "scored_labels": list(label_set.scored),
         "corpus": settings.data.corpus,
         "synthetic": settings.data.corpus == "synthetic",
-        "statistics": {name: _class_counts(rows, label_set) for name, rows in corpus.items()},
+        "statistics": class_counts(corpus, label_set),
         "settings": resolved,
         "metrics": {
             split: {key: value for key, value in values.items() if key not in baseline_names}
@@ -373,14 +379,6 @@ def staged(folder: Path) -> Iterator[Path]:
 
 def _test_splits(data: DataSettings, corpus: DatasetDict) -> list[str]:
     return data.test_splits if data.test_splits is not None else [name for name in corpus if name.startswith("test")]
-
-
-def _class_counts(rows: Dataset, label_set: LabelSet) -> dict[str, int]:
-    labels = np.asarray(rows["label"])
-    names = [*label_set.labels, "no agreement", "unlabelled"]
-    codes = [*range(len(label_set.labels)), -1, -100]
-    counts = {name: int((labels == code).sum()) for name, code in zip(names, codes, strict=True)}
-    return {name: count for name, count in counts.items() if count or name in label_set.labels}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from sailer.cli import main
-from sailer.data.schema import LabelSet
 from sailer.settings import SettingsError
 
 HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "matplotlib", "librosa", "pandas")
@@ -40,7 +39,6 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
     code = f"""
 import sys
 from sailer.cli import main
-from sailer.data.schema import LabelSet
 try:
     main(["--help"])
 finally:
@@ -101,40 +99,27 @@ def test_convert_and_push(calls: list, capsys: pytest.CaptureFixture) -> None:
     assert capsys.readouterr().out.splitlines() == ["Result: converted", "Result: https://huggingface.co/me/it"]
 
 
-def test_data_passes_options_to_the_corpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    import sailer.data
+def test_data_describes_a_corpus_and_saves_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from datasets import load_from_disk
 
-    loaded = []
-    monkeypatch.setattr(
-        sailer.data, "load_corpus", lambda *values, **options: loaded.append((values, options)) or "rows"
-    )
-    statistics = types.SimpleNamespace(
-        describe=lambda corpus, report: f"table of {corpus}", save=lambda *values: values[1]
-    )
-    monkeypatch.setitem(sys.modules, "sailer.data.statistics", statistics)
-    assert (
-        main(
-            [
-                "data",
-                "ravdess",
-                "folder",
-                "--test_actors",
-                "19",
-                "20",
-                "--output_dir",
-                "out",
-                "--labels",
-                "Angry",
-                "Sad",
-            ]
-        )
-        == 0
-    )
-    assert loaded[0][0] == ("ravdess", "folder")
-    assert loaded[0][1].pop("report").left_out == {}
-    assert loaded[0][1].pop("label_set") == LabelSet(labels=("Angry", "Sad"), majority=("Sad", "Angry"))
-    assert loaded[0][1] == {"test_actors": [19, 20]}
-    assert capsys.readouterr().out.splitlines() == ["table of rows", "Result: out"]
+    small = ["--train_clips", "40", "--validation_clips", "20", "--test_clips_per_class", "1", "--audio", "false"]
+    four = ["--labels", "Angry", "Happy", "Neutral", "Sad"]
+    assert main(["data", "synthetic", *small, *four, "--output_dir", str(tmp_path / "rows")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"Result: {tmp_path / 'rows'}"
+    table = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert table["Happy"] and "Contempt" not in table and "40" in table["All"]
+    rows = load_from_disk(str(tmp_path / "rows"))
+    assert {name: len(split) for name, split in rows.items()} == {"train": 40, "validation": 20, "test": 4}
+    assert len(rows["train"][0]["votes"]) == 4 and list((tmp_path / "rows").glob("*.png"))
+
+
+def test_data_refuses_before_the_long_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["data", "synthetic", "--output_dir", str(tmp_path)]) == 2
+    assert "holds other files (mine.txt" in capsys.readouterr().err
+    assert main(["data", "synthetic", "--transcriber", "openai/whisper-tiny"]) == 2
+    assert "--transcriber needs --output_dir" in capsys.readouterr().err
 
 
 def test_data_help_lists_corpora_and_their_options(capsys: pytest.CaptureFixture) -> None:
