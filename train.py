@@ -164,7 +164,7 @@ def read_corpus(data: DataSettings, label_set: LabelSet) -> DatasetDict:
         if split not in corpus:
             raise CorpusError(f"Corpus {data.corpus} has no split {split!r}; it has {list(corpus)}.")
     for warning in shared_speaker_warnings(corpus):
-        logger.warning(warning)
+        logger.warning(warning.removeprefix("WARNING: "))
     return corpus
 
 
