@@ -190,7 +190,10 @@ def test_clips_of_like_length_are_batched(speech: SpeechEmotionPipeline, monkeyp
     batches: list[list[int]] = []
     monkeypatch.setattr(speech, "processor", _Spy(speech.processor, batches))
     speech([noise(seconds) for seconds in (1.0, 0.3, 1.0, 0.3, 0.3, 1.0)], batch_size=3)
-    assert batches == [[4800] * 3, [16000] * 3]
+    assert batches == [[16000] * 3, [4800] * 3]
+    batches.clear()
+    speech([noise(12)] * 3, batch_size=3)  # 30 s at once is what a CPU's cache holds
+    assert [len(batch) for batch in batches] == [2, 1]
 
 
 class _Spy:
