@@ -1,4 +1,4 @@
-"""sailer: emotion recognition in natural speech (the SAILER system, Interspeech 2025). Public names load on first use."""
+"""sailer: emotion recognition in natural speech (SAILER, Interspeech 2025). Public names load on first use."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""The canonical row: what every corpus loader returns and everything downstream reads (see README, "The canonical row")."""
+"""The canonical row: what every corpus loader returns and everything downstream reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LabelSet:
 
     Args:
         labels: class names; their order is the order of every votes vector and of the logits.
-        majority: classes whose annotations are dropped and whose clips are mixed with minority ones (paper, section 2).
+        majority: classes whose annotations are dropped and whose clips are mixed with minority ones.
         scored: classes that decisions choose from and metrics average over; by default all but "Other".
 
     Raises:
@@ -134,7 +134,8 @@ def build_dataset(columns: Mapping[str, Sequence[Any] | np.ndarray], label_set: 
 
     Args:
         columns: column name -> values of equal length. `id` is required. `audio` holds {"path", "bytes"} mappings
-            or None (labels only). votes (clips, labels), secondary_votes (clips, 17) and attributes (clips, 3) may be arrays.
+            or None (labels only). votes (clips, labels), secondary_votes (clips, 17) and attributes (clips, 3) may be
+            arrays.
         label_set: the primary label set.
 
     Raises:

@@ -44,7 +44,13 @@ again = pipeline(model=copy, trust_remote_code=True)(item)
 assert [p["label"] for p in again] == [p["label"] for p in predictions]
 print("stranger is served")
 """
-CODE = {"configuration_sailer.py", "modeling_sailer.py", "pipeline_sailer.py", "processing_sailer.py"}
+CODE = {
+    "configuration_sailer.py",
+    "encoders_sailer.py",
+    "modeling_sailer.py",
+    "pipeline_sailer.py",
+    "processing_sailer.py",
+}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ ROOT_MODULES = {
     "cli",
     "configuration_sailer",
     "conversion",
+    "encoders_sailer",
     "evaluation",
     "losses",
     "metrics",

@@ -30,7 +30,13 @@ OPTIONS = {
 LEFT = {
     *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md", "recipe.yaml"),
     *("metrics.json", "training_curve.png", "confusion_matrix.png"),
-    *("configuration_sailer.py", "modeling_sailer.py", "pipeline_sailer.py", "processing_sailer.py"),
+    *(
+        "configuration_sailer.py",
+        "encoders_sailer.py",
+        "modeling_sailer.py",
+        "pipeline_sailer.py",
+        "processing_sailer.py",
+    ),
 }
 
 

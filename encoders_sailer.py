@@ -1,0 +1,138 @@
+"""The towers' encoders: Whisper's at any length with padding masked; any encoder built, or loaded whole."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import logging
+
+
+class VariableLengthWhisperEncoder(WhisperEncoder):
+    """Whisper's encoder at the clips' own lengths: any number of frames up to its positions, padding masked."""
+
+    def forward(
+        self,
+        input_features: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        attend_to_padding: bool = False,
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_features: (batch, mels, frames) log-mel.
+            attention_mask: (batch, frames), 1 on the clip's own frames; all of them by default.
+            output_hidden_states: also return the embedding output and each layer's (the last one normalised).
+            attend_to_padding: let the clip's frames see the padding.
+
+        Returns:
+            hidden states of shape (batch, positions, width), cut to the longest clip's own positions unless padding
+            is attended to.
+
+        Raises:
+            ValueError: a clip longer than the encoder's positions.
+        """
+        states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
+        states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)
+        own = None if attention_mask is None else whisper_positions(attention_mask)
+        longest = states.shape[1] if own is None else int(own.sum(1).max())
+        if longest > self.max_source_positions:
+            raise ValueError(
+                f"A clip takes {longest} encoder positions and this encoder has {self.max_source_positions} "
+                f"({self.max_source_positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
+            )
+        length = min(states.shape[1], self.max_source_positions) if attend_to_padding else longest
+        states = states[:, :length] + self.embed_positions.weight[:length]
+        states = nn.functional.dropout(states, p=self.dropout, training=self.training)
+        mask = None
+        if own is not None and not attend_to_padding:
+            mask = create_bidirectional_mask(self.config, states, own[:, :length])
+
+        collected = []
+        for layer in self.layers:
+            if output_hidden_states:
+                collected.append(states)
+            if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
+                states = layer(states, mask)
+        states = self.layer_norm(states)
+        return BaseModelOutput(states, hidden_states=(*collected, states) if output_hidden_states else None)
+
+
+def whisper_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mask over log-mel frames -> boolean mask over encoder positions (the second convolution has stride 2)."""
+    return attention_mask[:, ::2].bool()
+
+
+def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    """A tower with fresh weights; raises ValueError for a configuration without an encoder."""
+    encoder_class = _encoder_class(config)
+    return encoder_class._from_config(config, **_encoder_options(encoder_class))
+
+
+def load_encoder(source: str | os.PathLike, attn_implementation: str | None) -> PreTrainedModel:
+    """A tower from a checkpoint, in float32.
+
+    Args:
+        source: Hub id or folder. Of a full Whisper checkpoint only the encoder is read.
+        attn_implementation: as in transformers.
+
+    Raises:
+        ValueError: it cannot be loaded, or a tensor of the encoder is not in it (the message names the tensors).
+    """
+    advice = "Give a Hub id or a folder with config.json and model.safetensors (pickled weights are refused)."
+    try:
+        config = AutoConfig.from_pretrained(source)
+        encoder_class = _encoder_class(config)
+        options = _encoder_options(encoder_class)
+        if config.model_type == "whisper":
+            # The encoder of a full checkpoint, with or without the head's prefix; the decoder is never read.
+            options["key_mapping"] = {r"^(?:model\.)?encoder\.": ""}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # unused tensors, a decoder's for one, are none of the user's concern
+        try:
+            encoder, report = encoder_class.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The backbone {str(source)!r} cannot be loaded: {reason} {advice}") from error
+    mismatched = [entry[0] for entry in report["mismatched_keys"]]
+    lost = sorted({*report["missing_keys"], *mismatched})
+    if lost:
+        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        raise ValueError(
+            f"The checkpoint of backbone {str(source)!r} lacks {len(lost)} of the encoder's tensors ({shown}), which "
+            f"would have stayed random. {advice}"
+        )
+    if os.path.isdir(source):
+        encoder.config._name_or_path = ""  # a path on this machine is of no use to others
+    return encoder
+
+
+def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    if config.model_type == "whisper":
+        return VariableLengthWhisperEncoder
+    try:
+        return AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise ValueError(f"{config.model_type!r} backbones have no encoder in transformers' AutoModel.") from None
+
+
+def _encoder_options(encoder_class: type[PreTrainedModel]) -> dict[str, Any]:
+    # A pooler would be an unused, often missing, part of the text tower.
+    accepts = inspect.signature(encoder_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in accepts else {}
+
+
+__all__ = ["VariableLengthWhisperEncoder", "build_encoder", "load_encoder", "whisper_positions"]
