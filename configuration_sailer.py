@@ -43,6 +43,8 @@ class SailerConfig(PretrainedConfig):
             `"weighted_norm"` (each layer-normalised first).
         hidden_size (`int`, defaults to 256): filters of the 1x1 convolutions and width of each MLP's hidden layer.
         conv_dropout (`float`, defaults to 0.1): dropout between the convolutions.
+        frame_pooling (`int`, defaults to 1): speech frames that are averaged into one before the convolutions (the
+            paper's convolutions see every frame).
         frame_norm (`bool`, defaults to `False`): batch-normalise the speech frames before the convolutions (not the
             paper's).
         heads (sequence of `str`): outputs to build, of `"primary"`, `"secondary"`, `"attributes"`, `"sex"`, `"age"`.
@@ -79,6 +81,7 @@ class SailerConfig(PretrainedConfig):
         audio_layers: str = "last",
         hidden_size: int = 256,
         conv_dropout: float = 0.1,
+        frame_pooling: int = 1,
         frame_norm: bool = False,
         heads: Sequence[str] = ("primary", "secondary", "attributes"),
         freeze_audio: bool = True,
@@ -103,6 +106,7 @@ class SailerConfig(PretrainedConfig):
         self.audio_layers = audio_layers
         self.hidden_size = hidden_size
         self.conv_dropout = conv_dropout
+        self.frame_pooling = frame_pooling
         self.frame_norm = frame_norm
         self.heads = [head for head in HEADS if head in heads]
         self.freeze_audio = freeze_audio
@@ -162,6 +166,8 @@ class SailerConfig(PretrainedConfig):
             value = getattr(self, option)
             if value is not None and len(value) != len(names):
                 raise ValueError(f"{option} has {len(value)} values for {len(names)} labels {names}.")
+        if not isinstance(self.frame_pooling, int) or self.frame_pooling < 1:
+            raise ValueError(f"frame_pooling is a whole number from 1, got {self.frame_pooling!r}.")
         if not self.calibration_temperature > 0:
             raise ValueError(f"calibration_temperature must be positive, got {self.calibration_temperature}.")
 

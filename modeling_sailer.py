@@ -211,8 +211,12 @@ class SailerModel(SailerPreTrainedModel):
         states = states.to(dtype)
         if self.config.audio_layers != "last":
             states = self.audio_layer_weights(states)
+        if mask is None:
+            mask = states.new_ones(states.shape[:2], dtype=torch.long)
+        if self.config.frame_pooling > 1:
+            states, mask = _pool_frames(states, mask, self.config.frame_pooling)
         if self.config.frame_norm:  # of the clips' own frames alone
-            own = states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+            own = mask.bool()
             states = states.masked_scatter(own.unsqueeze(-1), self.audio_frame_norm(states[own]).to(states.dtype))
         projected = self.audio_projection(states.transpose(1, 2)).transpose(1, 2)
         embeddings = _masked_mean(projected, mask)
@@ -461,10 +465,17 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         return cls(config, audio_encoder, text_encoder)
 
 
-def _masked_mean(states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Mean over the second to last axis where mask is set; zero where nothing is."""
-    if mask is None:
-        return states.mean(-2)
+def _pool_frames(states: torch.Tensor, mask: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of each `frames` consecutive frames of states (batch, frames, width), and how many of the clip's own
+    frames each of them holds: the last of a clip may hold fewer, and then counts for less."""
+    missing = -states.shape[1] % frames
+    own = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, frames))
+    states = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, frames))
+    return _masked_mean(states, own), own.sum(-1)
+
+
+def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the second to last axis, weighted by the mask; zero where that is zero."""
     mask = mask.to(states.dtype).unsqueeze(-1)
     return (states * mask).sum(-2) / mask.sum(-2).clamp(min=1)
 

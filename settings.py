@@ -42,6 +42,7 @@ class ModelSettings:
         audio_layers: "last" hidden state, "weighted" sum of all, or "weighted_norm" (each layer-normalised first).
         hidden_size: filters of the convolutions and width of the heads.
         conv_dropout: dropout between the convolutions.
+        frame_pooling: speech frames that are averaged into one before the convolutions (the paper has 1).
         frame_norm: batch-normalise the speech frames before the convolutions (not the paper's).
         heads: outputs to train, of "primary", "secondary", "attributes", "sex", "age".
         freeze_audio, freeze_text: leave that tower as it was loaded.
@@ -58,6 +59,7 @@ class ModelSettings:
     audio_layers: Literal["last", "weighted", "weighted_norm"] = "last"
     hidden_size: int = 256
     conv_dropout: float = 0.1
+    frame_pooling: int = 1
     frame_norm: bool = False
     heads: list[str] = field(default_factory=lambda: ["primary", "secondary", "attributes"])
     freeze_audio: bool = True

@@ -346,6 +346,7 @@ def test_wrong_inputs_name_the_right_ones(tiny_sailer: Path, tiny_speech_sailer:
         ({"scored_labels": ["Joy"]}, "scored_labels.*Joy"),
         ({"label_weights": [1.0]}, "label_weights has 1 values for 9 labels"),
         ({"calibration_temperature": 0.0}, "must be positive"),
+        ({"frame_pooling": 0}, "frame_pooling is a whole number from 1"),
         ({"audio_config": {"d_model": 3}}, "audio_config has no model_type"),
     ],
 )
@@ -391,3 +392,22 @@ def test_frame_norm_sees_the_clips_own_frames_alone(audio_layers: str, tiny_whis
     model.save_pretrained(tmp_path)
     again = SailerForAudioClassification.from_pretrained(tmp_path)
     assert torch.equal(again(**inputs).logits, logits)
+
+
+def test_frame_pooling_by_hand(tiny_whisper: Path) -> None:
+    model, processor = build(tiny_whisper, frame_pooling=3)
+    states = torch.randn(2, 7, 64)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    seen = []
+    model.sailer.audio_projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    outputs = model(audio_hidden_states=states, attention_mask=mask)
+    expected = [[states[0, :3].mean(0), states[0, 3:6].mean(0), states[0, 6]], [states[1, :3].mean(0), states[1, 3]]]
+    torch.testing.assert_close(seen[0][0].T, torch.stack(expected[0]))
+    torch.testing.assert_close(seen[0][1].T[:2], torch.stack(expected[1]))
+    # The last part of a clip counts by its frames: 3, 3 and 1 of the first, 3 and 1 of the second.
+    projected = model.sailer.audio_projection(seen[0]).transpose(1, 2)
+    torch.testing.assert_close(
+        outputs.embeddings[0], (3 * projected[0, 0] + 3 * projected[0, 1] + projected[0, 2]) / 7
+    )
+    torch.testing.assert_close(outputs.embeddings[1], (3 * projected[1, 0] + projected[1, 1]) / 4)
+    assert largest_difference(model, processor, [noise(seconds) for seconds in (0.4, 1.7, 3.0)]) < 1e-5
