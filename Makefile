@@ -7,8 +7,9 @@ BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
 
 .PHONY: demo test style bench clean
 
+# Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
-	TOKENIZERS_PARALLELISM=false $(BIN)/python train.py recipes/demo.yaml
+	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python train.py recipes/demo.yaml
 
 # One thread per process: with more the tests that start two processes take twenty times as long.
 test: $(STAMP)  ## run the tests; make test TESTS="tests/test_losses.py -k kl" runs some
