@@ -127,3 +127,13 @@ def test_a_tiny_table_is_written_and_a_second_call_trains_nothing(ablation, tmp_
     monkeypatch.setattr(ablation, "run", None)
     ablation.main(arguments)
     assert capsys.readouterr().out == printed
+
+
+def test_a_recipe_that_chooses_no_epoch_is_also_trained_on_one_actor_more(ablation, options, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("load_best_model_at_end: false\n")
+    options.recipes = [str(recipe)]
+    chosen, more = ablation.rows_to_run(options)["ravdess"]["recipe"]
+    splits = [list(ablation.runs_of("ravdess", row, options).values())[0]["corpus_options"] for row in (chosen, more)]
+    assert [len(split["train_actors"]) for split in splits] == [14, 15]
+    assert splits[1] == {"test_actors": [1, 2, 3, 4], "validation_actors": [5], "train_actors": list(range(6, 21))}
