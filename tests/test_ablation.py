@@ -134,6 +134,7 @@ def test_a_recipe_that_chooses_no_epoch_is_also_trained_on_one_actor_more(ablati
     recipe.write_text("load_best_model_at_end: false\n")
     options.recipes = [str(recipe)]
     chosen, more = ablation.rows_to_run(options)["ravdess"]["recipe"]
-    splits = [list(ablation.runs_of("ravdess", row, options).values())[0]["corpus_options"] for row in (chosen, more)]
+    runs = [ablation.runs_of("ravdess", row, options) for row in (chosen, more)]
+    splits = [next(iter(recipes.values()))["corpus_options"] for recipes in runs]
     assert [len(split["train_actors"]) for split in splits] == [14, 15]
     assert splits[1] == {"test_actors": [1, 2, 3, 4], "validation_actors": [5], "train_actors": list(range(6, 21))}
