@@ -118,7 +118,6 @@ class DataSettings:
     feature_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     preview: int = 0
     shuffled_label_baseline: bool = False
-    shuffled_label_baseline: bool = False
 
     def label_set(self) -> LabelSet:
         """The primary label set.
