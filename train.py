@@ -76,13 +76,11 @@ def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None)
         CorpusError: the corpus cannot be read.
         ValueError: a backbone cannot be loaded.
     """
-
     return train(resolve(load_recipe(recipe), overrides, origin=f"recipe {recipe}"))
 
 
 def train(settings: Settings) -> Path:
     """Train, evaluate, save and try the system that the settings describe; see `run`."""
-
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take a moment
     resolved = to_yaml(settings)
@@ -119,6 +117,9 @@ def train(settings: Settings) -> Path:
     if settings.data.shuffled_label_baseline:
         print("\nBaseline: the same system trained on shuffled labels")
         set_seed(settings.training.seed)
+        # In a place of its own: it must neither go on from the system's checkpoints nor replace them.
+        settings.training.output_dir = str(output_dir / CHECKPOINTS / "shuffled_labels")
+        settings.training.resume_from_checkpoint = None
         shuffled = build_system(settings, label_set, train_rows)
         baseline_trainer = fit(settings, shuffled, planned[1], validation_rows, features)
     predictions = {}
@@ -142,7 +143,7 @@ def train(settings: Settings) -> Path:
                     path = folder / ("confusion_matrix.png" if len(predictions) == 1 else f"confusion_{name}.png")
                     logits, labels = prediction.predictions["logits"], prediction.label_ids["consensus"]
                     draw_confusion(logits, labels, label_set, path)
-            facts = card_facts(settings, resolved, corpus, label_set, metrics)
+            facts = card_facts(settings, output_dir.name, resolved, corpus, label_set, metrics)
             reporting.render_card(facts, folder / "README.md")
         shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
         for name in ("validation", *test_splits):
@@ -158,7 +159,6 @@ def read_corpus(data: DataSettings, label_set: LabelSet) -> DatasetDict:
     Raises:
         CorpusError: the corpus cannot be read, or lacks a split that the recipe names (lists those it has).
     """
-
     corpus = load_corpus(data.corpus, data.data_dir, label_set=label_set, **data.corpus_options)
     for split in (data.train_split, data.validation_split, *(data.test_splits or [])):
         if split not in corpus:
@@ -174,7 +174,6 @@ def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset) -
     Raises:
         ValueError: a backbone or base model cannot be loaded, or has other labels than the corpus (names both).
     """
-
     with settings.training.main_process_first(local=False, desc="making tiny backbones"):
         folder = Path(settings.training.output_dir) / "backbones"
         backbones = [
@@ -242,7 +241,6 @@ def fit(
     features: FeatureStore | None = None,
 ) -> SailerTrainer:
     """Train the system on clips under augmentation; its best epoch's weights are loaded at the end."""
-
     collator = SailerCollator(
         system.processor,
         system.label_set,
@@ -274,7 +272,6 @@ def cache_features(
     settings: Settings, system: System, datasets: list[PlannedDataset | Dataset], output_dir: Path
 ) -> FeatureStore | None:
     """The frozen towers' hidden states of everything that the run will hear, or None where they are not to be kept."""
-
     data = settings.data
     if data.cache_features == "off":
         return None
@@ -307,7 +304,6 @@ def shuffle_labels(rows: Dataset, seed: int) -> Dataset:
 
 def try_out(folder: Path, rows: Dataset, clips: int = 3) -> None:
     """Load the folder as anyone would, and print what it says of a few unseen clips of different classes."""
-
     labels = np.asarray(rows["label"])
     _, first = np.unique(labels, return_index=True)
     chosen = [int(i) for i in sorted(first) if labels[i] >= 0][:clips] or list(range(min(clips, len(rows))))
@@ -323,7 +319,12 @@ def try_out(folder: Path, rows: Dataset, clips: int = 3) -> None:
 
 
 def card_facts(
-    settings: Settings, resolved: str, corpus: DatasetDict, label_set: LabelSet, metrics: Mapping[str, Any]
+    settings: Settings,
+    name: str,
+    resolved: str,
+    corpus: DatasetDict,
+    label_set: LabelSet,
+    metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the model card says of this run."""
     figures = {split: values for split, values in metrics.items() if isinstance(values, dict)}
@@ -336,10 +337,9 @@ def card_facts(
         for split, values in figures.items()
     }
     model = settings.model
-    output_dir = Path(settings.training.output_dir).parent
     return {
-        "model_name": output_dir.name,
-        "model_id": output_dir.name,
+        "model_name": name,
+        "model_id": name,
         "audio_backbone": model.audio_backbone or model.base_model,
         "text_backbone": model.text_backbone,
         "audio_layers": model.audio_layers,

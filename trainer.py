@@ -46,6 +46,7 @@ class SailerTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: list(TARGETS))
     report_to: str | list[str] | None = "none"
+    resume_from_checkpoint: str | bool | None = None  # true: the last one of an interrupted run
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:

@@ -108,6 +108,25 @@ def test_evaluating_the_folder_gives_its_own_figures(result: tuple[Path, str], t
 
 
 @pytest.mark.slow
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """As `--resume_from_checkpoint true`: the first epoch is not repeated, and the baseline still starts afresh."""
+    import sailer.train
+
+    options = OPTIONS | {"output_dir": str(tmp_path / "run"), "shuffled_label_baseline": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sailer.train, "calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run("demo", options | {"num_train_epochs": 1})
+    capsys.readouterr()
+    arguments = ["train", "demo", "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "run")]
+    arguments += [f"--corpus_options.{name}={value}" for name, value in SMALL.items()]
+    arguments += [f"--{name}={value}" for name, value in OPTIONS.items() if name != "corpus_options"]
+    assert main(arguments) == 0
+    system, baseline = capsys.readouterr().out.split("Baseline: the same system")
+    assert "epoch 1: loss" not in system and "epoch 2: loss" in system
+    assert "epoch 1: loss" in baseline and "epoch 2: loss" in baseline
+
+
+@pytest.mark.slow
 def test_two_processes_count_every_clip_once(tmp_path: Path) -> None:
     small = SMALL | {"validation_clips": 25}  # odd: one process has a clip less
     options = [f"--corpus_options.{name}={value}" for name, value in small.items()]
