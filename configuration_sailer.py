@@ -50,6 +50,8 @@ class SailerConfig(PretrainedConfig):
         heads (sequence of `str`): outputs to build, of `"primary"`, `"secondary"`, `"attributes"`, `"sex"`, `"age"`.
         freeze_audio, freeze_text (`bool`, default to `True`): whether the towers stay as they were loaded.
         labels (sequence of `str`, *optional*): primary emotions; the nine of MSP-Podcast by default (or `id2label`).
+        trainable_audio_layers (`int`, *optional*): where the audio tower is not frozen, train only so many of its
+            transformer layers, counted from the output; all else of it stays as it was loaded. `None` trains it all.
         attend_to_padding (`bool`, defaults to `False`): whether the audio encoder sees the padding, as the authors'
             released Whisper models do; pooling never does.
         majority_labels, scored_labels (sequences of `str`, *optional*): subsets of the labels; scored are by default
@@ -86,6 +88,7 @@ class SailerConfig(PretrainedConfig):
         heads: Sequence[str] = ("primary", "secondary", "attributes"),
         freeze_audio: bool = True,
         freeze_text: bool = True,
+        trainable_audio_layers: int | None = None,
         attend_to_padding: bool = False,
         labels: Sequence[str] | None = None,
         majority_labels: Sequence[str] | None = None,
@@ -111,6 +114,7 @@ class SailerConfig(PretrainedConfig):
         self.heads = [head for head in HEADS if head in heads]
         self.freeze_audio = freeze_audio
         self.freeze_text = freeze_text
+        self.trainable_audio_layers = trainable_audio_layers
         self.attend_to_padding = attend_to_padding
         self.secondary_labels = list(secondary_labels)
         self.sex_labels = list(sex_labels)
@@ -168,8 +172,23 @@ class SailerConfig(PretrainedConfig):
                 raise ValueError(f"{option} has {len(value)} values for {len(names)} labels {names}.")
         if not isinstance(self.frame_pooling, int) or self.frame_pooling < 1:
             raise ValueError(f"frame_pooling is a whole number from 1, got {self.frame_pooling!r}.")
+        self._check_trainable_layers()
         if not self.calibration_temperature > 0:
             raise ValueError(f"calibration_temperature must be positive, got {self.calibration_temperature}.")
+
+    def _check_trainable_layers(self) -> None:
+        trainable = self.trainable_audio_layers
+        if trainable is None:
+            return
+        if self.freeze_audio:
+            raise ValueError(
+                f"trainable_audio_layers is {trainable!r} but freeze_audio is true, so that no layer trains: set "
+                "freeze_audio to false, or leave trainable_audio_layers out."
+            )
+        layers = None if self.audio_config is None else self.audio_config.num_hidden_layers
+        if not isinstance(trainable, int) or trainable < 1 or (layers is not None and trainable > layers):
+            there = "" if layers is None else f" to {layers}, which this encoder has"
+            raise ValueError(f"trainable_audio_layers is a whole number from 1{there}; got {trainable!r}.")
 
 
 def _sub_config(name: str, config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:

@@ -70,6 +70,21 @@ def whisper_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return attention_mask[:, ::2].bool()
 
 
+def transformer_layers(encoder: PreTrainedModel) -> nn.ModuleList:
+    """A speech encoder's transformer layers, the first on its input's side.
+
+    Raises:
+        ValueError: they are not where transformers' speech encoders have them.
+    """
+    layers = getattr(getattr(encoder, "encoder", encoder), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"The layers of a {encoder.config.model_type!r} encoder cannot be told apart: leave "
+            "trainable_audio_layers out."
+        )
+    return layers
+
+
 def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
     """A tower with fresh weights; raises ValueError for a configuration without an encoder."""
     encoder_class = _encoder_class(config)
@@ -135,4 +150,10 @@ def _encoder_options(encoder_class: type[PreTrainedModel]) -> dict[str, Any]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in accepts else {}
 
 
-__all__ = ["VariableLengthWhisperEncoder", "build_encoder", "load_encoder", "whisper_positions"]
+__all__ = [
+    "VariableLengthWhisperEncoder",
+    "build_encoder",
+    "load_encoder",
+    "transformer_layers",
+    "whisper_positions",
+]

@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_sailer import ATTRIBUTES, SailerConfig
-from .encoders_sailer import VariableLengthWhisperEncoder, build_encoder, load_encoder, whisper_positions
+from .encoders_sailer import (
+    VariableLengthWhisperEncoder,
+    build_encoder,
+    load_encoder,
+    transformer_layers,
+    whisper_positions,
+)
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
 
 CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years
@@ -122,11 +128,13 @@ class SailerPreTrainedModel(PreTrainedModel):
         return (model, report) if output_loading_info else model
 
     def freeze_towers(self) -> None:
-        """Take the gradients off the towers that the configuration freezes."""
+        """Take the gradients off what the configuration freezes of the towers."""
         for module in self.modules():
             if isinstance(module, SailerModel):
-                for tower in module.frozen_towers():
+                for tower, trained in module.frozen_towers():
                     tower.requires_grad_(False)
+                    for layer in trained:
+                        layer.requires_grad_(True)
 
 
 class SailerModel(SailerPreTrainedModel):
@@ -170,10 +178,12 @@ class SailerModel(SailerPreTrainedModel):
         return self.config.hidden_size + (text.hidden_size if text is not None else 0)
 
     def train(self, mode: bool = True) -> SailerModel:
-        """Frozen towers stay in eval mode: no dropout, no SpecAugment."""
+        """What is frozen of the towers stays in eval mode: no dropout, no SpecAugment."""
         super().train(mode)
-        for tower in self.frozen_towers():
+        for tower, trained in self.frozen_towers():
             tower.eval()
+            for layer in trained:
+                layer.train(mode)
         return self
 
     def forward(
@@ -268,10 +278,18 @@ class SailerModel(SailerPreTrainedModel):
             states = _all_hidden_states(outputs)
             return _masked_mean(states, text_attention_mask.unsqueeze(1))
 
-    def frozen_towers(self) -> list[nn.Module]:
-        """Towers that stay as they were loaded."""
-        towers = [(self.audio_encoder, self.config.freeze_audio), (self.text_encoder, self.config.freeze_text)]
-        return [tower for tower, frozen in towers if tower is not None and frozen]
+    def frozen_towers(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """Towers that stay as they were loaded, each with those of its layers that are trained nevertheless."""
+        config = self.config
+        frozen: list[tuple[nn.Module, list[nn.Module]]] = []
+        if config.freeze_audio:
+            frozen.append((self.audio_encoder, []))
+        elif config.trainable_audio_layers is not None:
+            layers = list(transformer_layers(self.audio_encoder))
+            frozen.append((self.audio_encoder, layers[-config.trainable_audio_layers :]))
+        if config.freeze_text and self.text_encoder is not None:
+            frozen.append((self.text_encoder, []))
+        return frozen
 
     def _encode_whisper(self, features: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         weighted = self.config.audio_layers != "last"

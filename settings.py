@@ -46,6 +46,8 @@ class ModelSettings:
         frame_norm: batch-normalise the speech frames before the convolutions (not the paper's).
         heads: outputs to train, of "primary", "secondary", "attributes", "sex", "age".
         freeze_audio, freeze_text: leave that tower as it was loaded.
+        trainable_audio_layers: of a speech encoder that is not frozen, train only so many layers, counted from its
+            output; null trains all of it.
         max_seconds: longest audio that is heard; the rest is cut in training.
         attn_implementation: attention kernel as transformers names them; null lets transformers choose.
 
@@ -64,6 +66,7 @@ class ModelSettings:
     heads: list[str] = field(default_factory=lambda: ["primary", "secondary", "attributes"])
     freeze_audio: bool = True
     freeze_text: bool = True
+    trainable_audio_layers: int | None = None
     max_seconds: float = 15.0
     attn_implementation: str | None = None
 
@@ -320,6 +323,17 @@ def _check(settings: Settings) -> None:
         raise SettingsError(
             f"cache_features is {data.cache_features!r} but freeze_audio is false: only a frozen encoder's states "
             "can be kept. Set cache_features to off, or freeze_audio to true."
+        )
+    if model.trainable_audio_layers is not None and model.freeze_audio:
+        raise SettingsError(
+            f"trainable_audio_layers is {model.trainable_audio_layers} but freeze_audio is true: set it to false, or "
+            "leave trainable_audio_layers out."
+        )
+    frozen = model.freeze_audio and (model.freeze_text or not model.text_backbone)
+    if settings.training.backbone_learning_rate is not None and frozen and not model.base_model:
+        raise SettingsError(
+            "backbone_learning_rate is set but every backbone is frozen: set freeze_audio (or freeze_text) to false, "
+            "or leave it out."
         )
     if settings.augmentation.text_dropout and not (model.text_backbone or model.base_model):
         raise SettingsError(

@@ -26,6 +26,9 @@ SHOWN = ("loss", "macro_f1", "accuracy", "min_map", "ccc")
 class SailerTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the paper's settings as defaults: learning rate 5e-4, 15 epochs, one seed.
 
+    `backbone_learning_rate` is that of towers that are fine-tuned: weights that were pre-trained want a lower one than
+    heads that start afresh. None gives them the `learning_rate`.
+
     Not said in the paper and chosen here: batches of 32 clips, AdamW, a linear schedule after 5 % of warm-up steps,
     gradients clipped at 1. The best epoch by `metric_for_best_model` is kept, any key of
     `sailer.metrics.emotion_report`; its direction follows from the metric.
@@ -33,6 +36,7 @@ class SailerTrainingArguments(TrainingArguments):
 
     output_dir: str | None = "outputs"
     learning_rate: float = 5e-4
+    backbone_learning_rate: float | None = None
     num_train_epochs: float = 15
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
@@ -50,6 +54,11 @@ class SailerTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:
+        if self.backbone_learning_rate is not None and not self.backbone_learning_rate > 0:
+            raise ValueError(
+                f"backbone_learning_rate is {self.backbone_learning_rate}: give a positive rate, or freeze the towers "
+                "(freeze_audio, freeze_text)."
+            )
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             from sailer.metrics import greater_is_better
 
@@ -128,6 +137,30 @@ class SailerTrainer(Trainer):
                 if name != "loss":
                     self._component_sums[name] = self._component_sums.get(name, 0) + value.detach()
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
+
+    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with the towers' parameters in groups of their own where they have their own rate."""
+        made_before = self.optimizer is not None
+        optimizer = super().create_optimizer(*arguments, **options)
+        rate = self.args.backbone_learning_rate
+        if rate is None or made_before:
+            return optimizer
+        towers = {
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and {"audio_encoder", "text_encoder"} & set(name.split("."))
+        }
+        if not towers:
+            raise ValueError(
+                "backbone_learning_rate is set but no tower trains: set freeze_audio or freeze_text to false, or "
+                "leave it out."
+            )
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if parameter in towers]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if parameter not in towers]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
+        return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with the mean of every loss component since the last one."""

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, AutoTokenizer
 
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
+from sailer.encoders_sailer import load_encoder, transformer_layers
 from sailer.modeling_sailer import LayerWeights
 from sailer.processing_sailer import load_audio
 from sailer.tiny_backbones import make_tiny_wavlm, make_tiny_whisper
@@ -241,6 +242,43 @@ def test_frozen_towers_stay_as_they_were(audio, tiny_text, request) -> None:
             assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for tower in towers for p in tower.parameters())
     assert not torch.equal(model.state_dict()["heads.primary.2.weight"], before["heads.primary.2.weight"])
+
+
+@pytest.mark.parametrize("audio", ["tiny_whisper", "tiny_wavlm"])
+def test_only_the_last_layers_train_where_so_configured(audio, tmp_path, request) -> None:
+    options = {"heads": ["primary"], "freeze_audio": False, "trainable_audio_layers": 1}
+    built, processor = build(request.getfixturevalue(audio), **options)
+    built.save_pretrained(tmp_path)
+    model = SailerForAudioClassification.from_pretrained(tmp_path).train()
+    tower = model.sailer.audio_encoder
+    last = list(transformer_layers(tower)[-1].modules())
+    assert [module for module in tower.modules() if module.training] == last
+    before = copy.deepcopy(model.state_dict())
+    inputs = processor(audio=[noise(0.5), noise(0.8)], sampling_rate=16000)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(**inputs, labels=torch.eye(9)[:2]).loss.backward()
+    optimizer.step()
+    inside = {parameter.data_ptr() for module in last for parameter in module.parameters()}
+    for name, tensor in model.state_dict().items():
+        if "audio_encoder" in name and tensor.data_ptr() not in inside:
+            assert torch.equal(tensor, before[name]), name
+        elif name.endswith("weight"):  # a key's bias has no effect: it moves all scores of a query alike
+            assert not torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize(("layers", "message"), [(0, "from 1 to 2"), (3, "from 1 to 2"), (1.5, "from 1 to 2")])
+def test_layers_that_the_encoder_does_not_have_cannot_train(layers, message, tiny_whisper) -> None:
+    with pytest.raises(ValueError, match=f"trainable_audio_layers is a whole number {message}.*got {layers}"):
+        build(tiny_whisper, freeze_audio=False, trainable_audio_layers=layers)
+    with pytest.raises(ValueError, match="freeze_audio is true"):
+        build(tiny_whisper, trainable_audio_layers=1)
+
+
+def test_an_encoder_whose_layers_are_elsewhere_cannot_be_trained_in_part(tiny_text: Path) -> None:
+    encoder = load_encoder(tiny_text, None)
+    encoder.encoder = torch.nn.Identity()
+    with pytest.raises(ValueError, match="leave trainable_audio_layers out"):
+        transformer_layers(encoder)
 
 
 def test_trainable_wavlm_takes_gradients_and_very_short_clips(tiny_wavlm: Path) -> None:

@@ -48,9 +48,9 @@ def rows() -> Dataset:
     )
 
 
-def trainer(folder, tiny_sailer, rows, plan=None, settings=None, **options) -> SailerTrainer:
+def trainer(folder, tiny_sailer, rows, plan=None, settings=None, config=None, **options) -> SailerTrainer:
     torch.manual_seed(0)
-    model = SailerForAudioClassification.from_pretrained(tiny_sailer, conv_dropout=0.0)
+    model = SailerForAudioClassification.from_pretrained(tiny_sailer, conv_dropout=0.0, **(config or {}))
     processor = SailerProcessor.from_pretrained(tiny_sailer)
     extra = {name: options.pop(name) for name in ("manifold_mixup",) if name in options}
     heads = options.pop("heads", HEADS)
@@ -83,6 +83,46 @@ def test_each_component_is_logged(tmp_path, tiny_sailer, rows) -> None:
     for name in ("loss", *(f"loss_{head}" for head in HEADS), "macro_f1", "min_map", "ccc", "sex_accuracy", "age_mae"):
         assert f"eval_{name}" in evaluation, name
     assert evaluation["eval_scored_clips"] == 14 - sum(label == 8 for label in rows["label"][:14])
+
+
+def test_fine_tuned_towers_have_their_own_learning_rate(tmp_path, tiny_sailer, rows) -> None:
+    def weights(run: SailerTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = run.model.sailer.audio_encoder.layers[-1].fc1.weight
+        return layer.detach().clone(), run.model.heads["primary"][0].weight.detach().clone()
+
+    moved = {}
+    for rate in (None, 1e-2):
+        run = trainer(
+            tmp_path,
+            tiny_sailer,
+            rows,
+            config={"freeze_audio": False},
+            backbone_learning_rate=rate,
+            learning_rate=1e-3,
+            optim="sgd",
+            weight_decay=0.1,
+            per_device_train_batch_size=16,
+            warmup_steps=0,
+            max_grad_norm=0,
+            lr_scheduler_type="constant",
+        )
+        before = weights(run)
+        run.train()
+        moved[rate] = [new - old for new, old in zip(weights(run), before, strict=True)]
+        groups = run.optimizer.param_groups
+        everything = [parameter for group in groups for parameter in group["params"]]
+        assert len(everything) == len(set(everything)) == sum(p.requires_grad for p in run.model.parameters())
+        assert {group["weight_decay"] for group in groups if group["lr"] == (rate or 1e-3)} == {0.0, 0.1}
+    # One step of plain gradient descent: ten times the rate moves the tower ten times as far, and the heads alike.
+    torch.testing.assert_close(moved[1e-2][0], 10 * moved[None][0], rtol=1e-2, atol=1e-7)
+    torch.testing.assert_close(moved[1e-2][1], moved[None][1], rtol=1e-5, atol=1e-9)
+
+
+def test_a_rate_for_towers_that_do_not_train_is_refused(tmp_path, tiny_sailer, rows) -> None:
+    with pytest.raises(ValueError, match="no tower trains: set freeze_audio"):
+        trainer(tmp_path, tiny_sailer, rows, backbone_learning_rate=1e-4).train()
+    with pytest.raises(ValueError, match="backbone_learning_rate is 0"):
+        SailerTrainingArguments(output_dir=str(tmp_path), backbone_learning_rate=0.0)
 
 
 def step_with(folder, tiny_sailer, rows, batch: int, accumulation: int) -> dict[str, torch.Tensor]:
