@@ -62,9 +62,9 @@ def test_a_recipe_keeps_its_settings_but_not_its_splits(ablation, options, tmp_p
         "corpus: ravdess\naudio_backbone: other\nlearning_rate: 0.25\ncorpus_options: {test_actors: 1}\n"
     )
     options.recipes = [str(recipe)]
-    (row,) = ablation.rows_to_run(options)["ravdess"]["recipe"]
+    row, frozen = ablation.rows_to_run(options)["ravdess"]["recipe"]
     runs = list(ablation.runs_of("ravdess", row, options).values())
-    assert row.setting == "mine"
+    assert row.setting == "mine" and "frozen" in frozen.setting
     assert [run["learning_rate"] for run in runs] == [0.25] * 5
     assert {run["audio_backbone"] for run in runs} == {"tiny-whisper"}
     assert runs[1]["corpus_options"]["test_actors"] == [5, 6, 7, 8]
@@ -129,12 +129,10 @@ def test_a_tiny_table_is_written_and_a_second_call_trains_nothing(ablation, tmp_
     assert capsys.readouterr().out == printed
 
 
-def test_a_recipe_that_chooses_no_epoch_is_also_trained_on_one_actor_more(ablation, options, tmp_path):
+def test_a_recipe_that_fine_tunes_keeps_no_features(ablation, options, tmp_path):
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("load_best_model_at_end: false\n")
+    recipe.write_text("freeze_audio: false\ntrainable_audio_layers: 1\n")
     options.recipes = [str(recipe)]
-    chosen, more = ablation.rows_to_run(options)["ravdess"]["recipe"]
-    runs = [ablation.runs_of("ravdess", row, options) for row in (chosen, more)]
-    splits = [next(iter(recipes.values()))["corpus_options"] for recipes in runs]
-    assert [len(split["train_actors"]) for split in splits] == [14, 15]
-    assert splits[1] == {"test_actors": [1, 2, 3, 4], "validation_actors": [5], "train_actors": list(range(6, 21))}
+    row = ablation.rows_to_run(options)["ravdess"]["recipe"][0]
+    (first, *_) = ablation.runs_of("ravdess", row, options).values()
+    assert first["cache_features"] == "off" and first["freeze_audio"] is False
