@@ -62,9 +62,9 @@ def test_a_recipe_keeps_its_settings_but_not_its_splits(ablation, options, tmp_p
         "corpus: ravdess\naudio_backbone: other\nlearning_rate: 0.25\ncorpus_options: {test_actors: 1}\n"
     )
     options.recipes = [str(recipe)]
-    row, frozen = ablation.rows_to_run(options)["ravdess"]["recipe"]
+    row, fine_tuned = ablation.rows_to_run(options)["ravdess"]["recipe"]
     runs = list(ablation.runs_of("ravdess", row, options).values())
-    assert row.setting == "mine" and "frozen" in frozen.setting
+    assert row.setting == "mine" and "fine-tuned" in fine_tuned.setting
     assert [run["learning_rate"] for run in runs] == [0.25] * 5
     assert {run["audio_backbone"] for run in runs} == {"tiny-whisper"}
     assert runs[1]["corpus_options"]["test_actors"] == [5, 6, 7, 8]
@@ -129,10 +129,7 @@ def test_a_tiny_table_is_written_and_a_second_call_trains_nothing(ablation, tmp_
     assert capsys.readouterr().out == printed
 
 
-def test_a_recipe_that_fine_tunes_keeps_no_features(ablation, options, tmp_path):
-    recipe = tmp_path / "mine.yaml"
-    recipe.write_text("freeze_audio: false\ntrainable_audio_layers: 1\n")
-    options.recipes = [str(recipe)]
-    row = ablation.rows_to_run(options)["ravdess"]["recipe"][0]
-    (first, *_) = ablation.runs_of("ravdess", row, options).values()
-    assert first["cache_features"] == "off" and first["freeze_audio"] is False
+def test_rows_that_fine_tune_keep_no_features(ablation, options):
+    (first, *_) = ablation.runs_of("ravdess", ablation.FINE_TUNED, options).values()
+    assert first["cache_features"] == "off"
+    assert ablation.resolve(first).model.trainable_audio_layers == 3
