@@ -138,16 +138,16 @@ class SailerTrainer(Trainer):
                     self._component_sums[name] = self._component_sums.get(name, 0) + value.detach()
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
-    def create_optimizer(self, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, with the towers' parameters in groups of their own where they have their own rate."""
         made_before = self.optimizer is not None
-        optimizer = super().create_optimizer(*arguments, **options)
+        optimizer = super().create_optimizer(model)
         rate = self.args.backbone_learning_rate
         if rate is None or made_before:
             return optimizer
         towers = {
             parameter
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in (self.model if model is None else model).named_parameters()
             if parameter.requires_grad and {"audio_encoder", "text_encoder"} & set(name.split("."))
         }
         if not towers:

@@ -122,24 +122,16 @@ GROUPS: dict[str, dict[str, tuple[Row, ...]]] = {
         "layers": LAYERS,
     },
 }
-# The upper half of Whisper base fine-tuned below the heads of ravdess_whisper_base_best.
-FINE_TUNED = Row(
-    "upper half of the encoder fine-tuned",
-    {
-        "audio_layers": "weighted_norm",
-        "freeze_audio": False,
-        "trainable_audio_layers": 3,
-        "backbone_learning_rate": 1e-4,
-        "frame_pooling": 64,
-        "frame_norm": True,
-        "hidden_size": 512,
-        "conv_dropout": 0.4,
-        "num_train_epochs": 6,
-        "lr_scheduler_type": "cosine",
-        "load_best_model_at_end": False,
-    },
-)
-RECIPES = ("ravdess_whisper_base", "ravdess_whisper_base_best")
+BEST = "ravdess_whisper_base_best"
+RECIPES = ("ravdess_whisper_base", BEST)
+# The best recipe again, but for the upper half of Whisper base.
+FINE_TUNING = {
+    "freeze_audio": False,
+    "trainable_audio_layers": 3,
+    "backbone_learning_rate": 1e-4,
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 16,
+}
 # The recipe's own choice of these does not hold in a fold.
 NOT_OF_A_RECIPE = ("corpus", "data_dir", "corpus_options", "audio_backbone", "cache_features", "output_dir", "seed")
 
@@ -182,11 +174,14 @@ def rows_to_run(options: argparse.Namespace) -> dict[str, dict[str, tuple[Row, .
     if options.ravdess is None:
         print("No copy of RAVDESS (--ravdess DIR): its rows are left out.", file=sys.stderr)
         return groups
-    recipes = []
-    for name in options.recipes:
-        own = {option: value for option, value in load_recipe(name).items() if option not in NOT_OF_A_RECIPE}
-        recipes.append(Row(Path(name).stem, own))
-    return {**groups, "ravdess": {**GROUPS["ravdess"], "recipe": (*recipes, FINE_TUNED)}}
+    recipes = [Row(Path(name).stem, recipe_options(name)) for name in options.recipes]
+    recipes.append(Row("upper half of the encoder fine-tuned", {**recipe_options(BEST), **FINE_TUNING}))
+    return {**groups, "ravdess": {**GROUPS["ravdess"], "recipe": tuple(recipes)}}
+
+
+def recipe_options(name: str) -> dict[str, Any]:
+    """A recipe's options that hold in every fold."""
+    return {option: value for option, value in load_recipe(name).items() if option not in NOT_OF_A_RECIPE}
 
 
 def runs_of(corpus: str, row: Row, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
