@@ -11,8 +11,8 @@ _PUBLIC = {
     "SailerForAudioClassification": "modeling_sailer",
     "SailerProcessor": "processing_sailer",
     "SpeechEmotionPipeline": "pipeline_sailer",
-    "SailerTrainer": "trainer",
-    "SailerTrainingArguments": "trainer",
+    "SailerTrainer": "training.trainer",
+    "SailerTrainingArguments": "training.trainer",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -57,7 +57,7 @@ def train(command: argparse.Namespace) -> None:
 
 def evaluate(command: argparse.Namespace) -> Path | None:
     """Evaluate one system, or the mean of several, on a split of a corpus."""
-    return _from("evaluation", "evaluate_models")(
+    return _from("training.evaluation", "evaluate_models")(
         command.models,
         command.corpus,
         command.data_dir,
@@ -70,12 +70,14 @@ def evaluate(command: argparse.Namespace) -> Path | None:
 
 def predict(command: argparse.Namespace) -> Path | int | None:
     """Predict the emotions of recordings."""
-    return _from("predict", "main")(command)
+    return _from("inference.predict", "main")(command)
 
 
 def convert(command: argparse.Namespace) -> Path:
     """Convert a checkpoint in the authors' format."""
-    return _from("conversion", "convert")(command.source, command.destination, audio_backbone=command.audio_backbone)
+    return _from("hub.conversion", "convert")(
+        command.source, command.destination, audio_backbone=command.audio_backbone
+    )
 
 
 def data(command: argparse.Namespace) -> Path | None:
@@ -103,7 +105,7 @@ def data(command: argparse.Namespace) -> Path | None:
 
 def push(command: argparse.Namespace) -> str:
     """Upload a saved system to the Hub; its address."""
-    return _from("publishing", "push")(command.folder, command.repo_id, private=command.private)
+    return _from("hub.publishing", "push")(command.folder, command.repo_id, private=command.private)
 
 
 def recipes(command: argparse.Namespace) -> None:

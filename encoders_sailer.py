@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 
 class VariableLengthWhisperEncoder(WhisperEncoder):
@@ -63,6 +64,42 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
                 states = layer(states, mask)
         states = self.layer_norm(states)
         return BaseModelOutput(states, hidden_states=(*collected, states) if output_hidden_states else None)
+
+
+def encode_audio(
+    encoder: PreTrainedModel,
+    audio: torch.Tensor,
+    attention_mask: torch.Tensor,
+    all_layers: bool = False,
+    attend_to_padding: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips of any length through a speech encoder, such that padding changes nothing.
+
+    Args:
+        encoder: a speech encoder of `build_encoder` or `load_encoder`.
+        audio: input_features (batch, mels, frames) or input_values (batch, samples).
+        attention_mask: (batch, frames or samples), 1 on the clip's own.
+        all_layers: every layer's hidden states, not only the last one.
+        attend_to_padding: let a Whisper encoder's frames see the padding.
+
+    Returns:
+        states (batch, frames, width), or (batch, layers, frames, width) with `all_layers`; and the mask (batch,
+        frames) of each clip's own frames.
+    """
+    if isinstance(encoder, VariableLengthWhisperEncoder):
+        outputs = encoder(audio, attention_mask, all_layers, attend_to_padding)
+        states = all_hidden_states(outputs) if all_layers else outputs.last_hidden_state
+        return states, whisper_positions(attention_mask)[:, : states.shape[-2]]
+    if getattr(encoder.config, "feat_extract_norm", "layer") == "group":
+        return _encode_by_length(encoder, audio, attention_mask, all_layers)
+    return _encode_waveforms(encoder, audio, attention_mask, all_layers)
+
+
+def all_hidden_states(outputs: ModelOutput) -> torch.Tensor:
+    """(batch, layers, positions, width). The last entry is the tower's output: releases differ in whether the
+    recorded one is normalised."""
+    states: Sequence[torch.Tensor] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
+    return torch.stack(states, dim=1)
 
 
 def whisper_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -135,6 +172,47 @@ def load_encoder(source: str | os.PathLike, attn_implementation: str | None) -> 
     return encoder
 
 
+def _encode_waveforms(
+    encoder: PreTrainedModel, waveforms: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    config = encoder.config
+    lengths = attention_mask.sum(1)
+    if hasattr(encoder, "_get_feat_extract_output_lengths"):
+        lengths = encoder._get_feat_extract_output_lengths(lengths)
+    augmented = getattr(config, "apply_spec_augment", False)
+    if augmented and int(lengths.max()) <= config.mask_time_length:
+        config.apply_spec_augment = False  # a batch shorter than one mask cannot be masked
+    try:
+        outputs = encoder(waveforms.to(encoder.dtype), attention_mask=attention_mask, output_hidden_states=all_layers)
+    finally:
+        if augmented:
+            config.apply_spec_augment = True
+    states = all_hidden_states(outputs) if all_layers else outputs.last_hidden_state
+    return states, _length_mask(lengths, states.shape[-2])
+
+
+def _encode_by_length(
+    encoder: PreTrainedModel, waveforms: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Group-normalised encoders (wav2vec2-base, wavlm-base) normalise over time, padding included: clips are
+    # encoded beside clips of their own length only.
+    lengths = attention_mask.sum(1)
+    rows: list[torch.Tensor | None] = [None] * len(lengths)
+    for length in lengths.unique().tolist():
+        chosen = (lengths == length).nonzero().squeeze(1)
+        states, _ = _encode_waveforms(encoder, waveforms[chosen, :length], attention_mask[chosen, :length], all_layers)
+        for row, state in zip(chosen.tolist(), states, strict=True):
+            rows[row] = state
+    frames = torch.tensor([row.shape[-2] for row in rows], device=waveforms.device)
+    longest = int(frames.max())
+    padded = [nn.functional.pad(row, (0, 0, 0, longest - row.shape[-2])) for row in rows]
+    return torch.stack(padded), _length_mask(frames, longest)
+
+
+def _length_mask(lengths: torch.Tensor, longest: int) -> torch.Tensor:
+    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
+
+
 def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     if config.model_type == "whisper":
         return VariableLengthWhisperEncoder
@@ -152,7 +230,9 @@ def _encoder_options(encoder_class: type[PreTrainedModel]) -> dict[str, Any]:
 
 __all__ = [
     "VariableLengthWhisperEncoder",
+    "all_hidden_states",
     "build_encoder",
+    "encode_audio",
     "load_encoder",
     "transformer_layers",
     "whisper_positions",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_sailer import ATTRIBUTES, SailerConfig
-from .encoders_sailer import (
-    VariableLengthWhisperEncoder,
-    build_encoder,
-    load_encoder,
-    transformer_layers,
-    whisper_positions,
-)
+from .encoders_sailer import all_hidden_states, build_encoder, encode_audio, load_encoder, transformer_layers
+from .layers_sailer import AudioProjection, LayerWeights, PredictionHead, masked_mean, pool_frames
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
 
 CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years
@@ -48,39 +43,6 @@ class SailerClassifierOutput(ModelOutput):
     sex_logits: torch.FloatTensor | None = None
     age: torch.FloatTensor | None = None
     embeddings: torch.FloatTensor | None = None
-
-
-class LayerWeights(nn.Module):
-    """Softmax-weighted sum over a tower's hidden states, each layer-normalised first if asked."""
-
-    def __init__(self, layers: int, normalize: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(layers))
-        self.normalize = normalize
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, layers, ..., width) -> (batch, ..., width)."""
-        if self.normalize:
-            states = nn.functional.layer_norm(states, states.shape[-1:])
-        weights = self.weight.softmax(0)
-        return torch.einsum("l,bl...->b...", weights.to(states.dtype), states)
-
-
-class AudioProjection(nn.Sequential):
-    """Three 1x1 convolutions, ReLU and dropout between: (batch, width, frames) -> (batch, hidden_size, frames)."""
-
-    def __init__(self, width: int, hidden_size: int, dropout: float) -> None:
-        layers: list[nn.Module] = []
-        for inputs in (width, hidden_size, hidden_size):
-            layers += [nn.Conv1d(inputs, hidden_size, kernel_size=1), nn.ReLU(), nn.Dropout(dropout)]
-        super().__init__(*layers[:-2])
-
-
-class PredictionHead(nn.Sequential):
-    """Two-layer MLP with ReLU: (batch, width) -> (batch, outputs)."""
-
-    def __init__(self, width: int, hidden_size: int, outputs: int) -> None:
-        super().__init__(nn.Linear(width, hidden_size), nn.ReLU(), nn.Linear(hidden_size, outputs))
 
 
 class SailerPreTrainedModel(PreTrainedModel):
@@ -126,6 +88,15 @@ class SailerPreTrainedModel(PreTrainedModel):
             raise ValueError(f"The weights of {source} lack {sorted(report['missing_keys'])[:5]}; get the whole file.")
         model.freeze_towers()  # loading makes new parameters, which want gradients
         return (model, report) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; the weights get the permissions of the configuration beside them (safetensors writes files
+        that nobody else can read)."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        usual = os.path.join(save_directory, "config.json")
+        for name in os.listdir(save_directory):
+            if name.endswith(".safetensors") and os.path.isfile(usual):
+                shutil.copymode(usual, os.path.join(save_directory, name))
 
     def freeze_towers(self) -> None:
         """Take the gradients off what the configuration freezes of the towers."""
@@ -224,12 +195,12 @@ class SailerModel(SailerPreTrainedModel):
         if mask is None:
             mask = states.new_ones(states.shape[:2], dtype=torch.long)
         if self.config.frame_pooling > 1:
-            states, mask = _pool_frames(states, mask, self.config.frame_pooling)
+            states, mask = pool_frames(states, mask, self.config.frame_pooling)
         if self.config.frame_norm:  # of the clips' own frames alone
             own = mask.bool()
             states = states.masked_scatter(own.unsqueeze(-1), self.audio_frame_norm(states[own]).to(states.dtype))
         projected = self.audio_projection(states.transpose(1, 2)).transpose(1, 2)
-        embeddings = _masked_mean(projected, mask)
+        embeddings = masked_mean(projected, mask)
 
         if self.text_encoder is not None:
             if text_hidden_states is None:
@@ -258,14 +229,13 @@ class SailerModel(SailerPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio):
-            if isinstance(self.audio_encoder, VariableLengthWhisperEncoder):
-                states = self._encode_whisper(audio, attention_mask)
-                mask = whisper_positions(attention_mask)[:, : states.shape[-2]]
-            elif getattr(self.audio_encoder.config, "feat_extract_norm", "layer") == "group":
-                states, mask = self._encode_by_length(audio, attention_mask)
-            else:
-                states, mask = self._encode_waveforms(audio, attention_mask)
-        return states, mask
+            return encode_audio(
+                self.audio_encoder,
+                audio,
+                attention_mask,
+                all_layers=self.config.audio_layers != "last",
+                attend_to_padding=self.config.attend_to_padding,
+            )
 
     def text_hidden_states(self, input_ids: torch.Tensor, text_attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Every layer's mean over the transcript's own tokens, (batch, layers, width); zero where there is none."""
@@ -275,8 +245,8 @@ class SailerModel(SailerPreTrainedModel):
         visible[text_attention_mask.sum(1) == 0] = 1  # attention over nothing would be NaN
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text):
             outputs = self.text_encoder(input_ids=input_ids, attention_mask=visible, output_hidden_states=True)
-            states = _all_hidden_states(outputs)
-            return _masked_mean(states, text_attention_mask.unsqueeze(1))
+            states = all_hidden_states(outputs)
+            return masked_mean(states, text_attention_mask.unsqueeze(1))
 
     def frozen_towers(self) -> list[tuple[nn.Module, list[nn.Module]]]:
         """Towers that stay as they were loaded, each with those of its layers that are trained nevertheless."""
@@ -291,57 +261,12 @@ class SailerModel(SailerPreTrainedModel):
             frozen.append((self.text_encoder, []))
         return frozen
 
-    def _encode_whisper(self, features: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        weighted = self.config.audio_layers != "last"
-        outputs = self.audio_encoder(features, attention_mask, weighted, self.config.attend_to_padding)
-        return _all_hidden_states(outputs) if weighted else outputs.last_hidden_state
-
-    def _encode_waveforms(
-        self, waveforms: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        weighted = self.config.audio_layers != "last"
-        encoder, config = self.audio_encoder, self.audio_encoder.config
-        lengths = attention_mask.sum(1)
-        if hasattr(encoder, "_get_feat_extract_output_lengths"):
-            lengths = encoder._get_feat_extract_output_lengths(lengths)
-        augmented = getattr(config, "apply_spec_augment", False)
-        if augmented and int(lengths.max()) <= config.mask_time_length:
-            config.apply_spec_augment = False  # a batch shorter than one mask cannot be masked
-        try:
-            outputs = encoder(
-                waveforms.to(encoder.dtype), attention_mask=attention_mask, output_hidden_states=weighted
-            )
-        finally:
-            if augmented:
-                config.apply_spec_augment = True
-        states = _all_hidden_states(outputs) if weighted else outputs.last_hidden_state
-        return states, _length_mask(lengths, states.shape[-2])
-
-    def _encode_by_length(
-        self, waveforms: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Group-normalised encoders (wav2vec2-base, wavlm-base) normalise over time, padding included: clips are
-        # encoded beside clips of their own length only.
-        lengths = attention_mask.sum(1)
-        rows: list[torch.Tensor | None] = [None] * len(lengths)
-        for length in lengths.unique().tolist():
-            chosen = (lengths == length).nonzero().squeeze(1)
-            states, _ = self._encode_waveforms(waveforms[chosen, :length], attention_mask[chosen, :length])
-            for row, state in zip(chosen.tolist(), states, strict=True):
-                rows[row] = state
-        frames = torch.tensor([row.shape[-2] for row in rows], device=waveforms.device)
-        longest = int(frames.max())
-        padded = [nn.functional.pad(row, (0, 0, 0, longest - row.shape[-2])) for row in rows]
-        return torch.stack(padded), _length_mask(frames, longest)
-
 
 class SailerForAudioClassification(SailerPreTrainedModel):
     """
     SAILER with its heads: primary emotion, secondary emotions, attributes, speaker sex and age, as configured.
 
-    Args:
-        config: the system's configuration.
-        audio_encoder, text_encoder: loaded towers; built from the configuration by default.
+    Arguments are those of `SailerModel`.
     """
 
     def __init__(
@@ -385,7 +310,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
                 text_hidden_states: see `SailerModel.forward`.
             labels: (batch, labels) float distributions of primary votes; a row with NaN is unknown.
             secondary_labels, attribute_labels, sex_labels, age_labels: accepted so that any Trainer may pass them;
-                the training objective over them is `sailer.losses.SailerObjective`.
+                the training objective over them is `sailer.training.losses.SailerObjective`.
             mixup_permutation, mixup_lambda: (batch,) each: the embedding of clip i becomes lambda_i * e_i +
                 (1 - lambda_i) * e_permutation(i) (manifold mixup, https://arxiv.org/abs/1806.05236).
 
@@ -481,32 +406,6 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             **config_kwargs,
         )
         return cls(config, audio_encoder, text_encoder)
-
-
-def _pool_frames(states: torch.Tensor, mask: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means of each `frames` consecutive frames of states (batch, frames, width), and how many of the clip's own
-    frames each of them holds: the last of a clip may hold fewer, and then counts for less."""
-    missing = -states.shape[1] % frames
-    own = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, frames))
-    states = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, frames))
-    return _masked_mean(states, own), own.sum(-1)
-
-
-def _masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the second to last axis, weighted by the mask; zero where that is zero."""
-    mask = mask.to(states.dtype).unsqueeze(-1)
-    return (states * mask).sum(-2) / mask.sum(-2).clamp(min=1)
-
-
-def _length_mask(lengths: torch.Tensor, longest: int) -> torch.Tensor:
-    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
-
-
-def _all_hidden_states(outputs: ModelOutput) -> torch.Tensor:
-    """(batch, layers, positions, width). The last entry is the tower's output: releases differ in whether the
-    recorded one is normalised."""
-    states: Sequence[torch.Tensor] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
-    return torch.stack(states, dim=1)
 
 
 SailerModel.register_for_auto_class("AutoModel")

@@ -7,8 +7,6 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,9 @@ import torch
 from transformers import Pipeline, ProcessorMixin, pipeline
 from transformers.utils import logging
 
+from .audio_sailer import MINIMUM_SECONDS, load_audio
 from .configuration_sailer import ATTRIBUTES
-from .processing_sailer import MINIMUM_SECONDS, load_audio
+from .windows_sailer import Clip, at_least, cut_windows, run_ahead
 
 logger = logging.get_logger(__name__)
 
@@ -27,24 +26,7 @@ ON_ERROR = ("raise", "return")
 BUFFERED_BATCHES = 8
 # A larger pass is slower on a CPU, because its activations fall out of the cache (measured: 15 % at eight of 15 s).
 CPU_SECONDS = 30.0
-SHORTEST_LAST_WINDOW = 1.0
 ITEM_ERRORS = (ValueError, TypeError, OSError, ImportError)
-
-
-@dataclass
-class Clip:
-    """One input on its way through the pipeline: its windows, and their outputs as they arrive."""
-
-    windows: list[np.ndarray] = field(default_factory=list)
-    timestamps: list[tuple[float, float]] = field(default_factory=list)
-    text: str | None = None
-    error: Exception | None = None
-    texts: dict[int, str] = field(default_factory=dict)
-    outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.outputs) == len(self.timestamps)
 
 
 class SpeechEmotionPipeline(Pipeline):
@@ -158,8 +140,8 @@ class SpeechEmotionPipeline(Pipeline):
         Yields:
             A `Clip` per recording, in the order given; `error` is set where a recording cannot be used.
         """
-        batch_size = _at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
-        workers = _at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
+        batch_size = at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
+        workers = at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
         return self._encode(items, batch_size, workers, self._preprocess_params | options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -171,9 +153,9 @@ class SpeechEmotionPipeline(Pipeline):
                 raise TypeError(f"Unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
         _one_of("prior", options.get("prior", PRIORS[0]), PRIORS)
         if "chunk_length_s" in options or "stride_length_s" in options:
-            _windows(0, 1, self._chunk_length(options.get("chunk_length_s")), options.get("stride_length_s"))
+            cut_windows(0, 1, self._chunk_length(options.get("chunk_length_s")), options.get("stride_length_s"))
         if options.get("top_k") is not None:
-            _at_least("top_k", options["top_k"], 1)
+            at_least("top_k", options["top_k"], 1)
         if options.get("transcriber") is not None and self.processor.tokenizer is None:
             raise ValueError("This is a speech-only system: it reads no transcripts, so leave transcriber out.")
         return (
@@ -213,7 +195,7 @@ class SpeechEmotionPipeline(Pipeline):
             raise ValueError(
                 f"The audio is {1000 * seconds:.0f} ms long; at least {1000 * MINIMUM_SECONDS:.0f} are needed."
             )
-        windows = _windows(len(waveform), rate, self._chunk_length(chunk_length_s), stride_length_s)
+        windows = cut_windows(len(waveform), rate, self._chunk_length(chunk_length_s), stride_length_s)
         self._check_length(max(end - start for start, end in windows) / rate)
         return Clip(
             windows=[waveform[start:end] for start, end in windows],
@@ -271,7 +253,7 @@ class SpeechEmotionPipeline(Pipeline):
         waiting: deque[Clip] = deque()  # in the order given
         buffer: list[tuple[Clip, int]] = []
         limit = batch_size * (BUFFERED_BATCHES if batch_size > 1 else 1)
-        for clip in itertools.chain(_ahead(prepare, items, workers, batch_size), [None]):
+        for clip in itertools.chain(run_ahead(prepare, items, workers, batch_size), [None]):
             if clip is not None:
                 waiting.append(clip)
                 buffer += [(clip, index) for index in range(len(clip.windows))]
@@ -392,45 +374,6 @@ def _iterate(inputs: Any) -> Iterable[Any]:
     return inputs
 
 
-def _ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int, batch_size: int) -> Iterator[Clip]:
-    """`prepare` of each item, in order; with workers in threads, some items ahead."""
-    if workers == 0:
-        yield from map(prepare, items)
-        return
-    pending: deque[Future[Clip]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            pending.append(pool.submit(prepare, item))
-            if len(pending) > workers + batch_size:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _windows(
-    samples: int, rate: int, chunk_length_s: float, stride_length_s: float | tuple[float, float] | None
-) -> list[tuple[int, int]]:
-    """First and last sample of each window: all but the last are a chunk long and start a chunk less strides apart."""
-    chunk = round(_at_least("chunk_length_s", chunk_length_s, 0) * rate)
-    strides = chunk_length_s / 6 if stride_length_s is None else stride_length_s
-    left, right = strides if isinstance(strides, (list, tuple)) else (strides, strides)
-    step = (
-        chunk
-        - round(_at_least("stride_length_s", left, 0) * rate)
-        - round(_at_least("stride_length_s", right, 0) * rate)
-    )
-    if chunk > 0 and step <= 0:
-        raise ValueError(
-            f"stride_length_s ({left} and {right} s) leaves nothing of a window of {chunk_length_s} s; choose less."
-        )
-    if chunk == 0 or samples <= chunk:
-        return [(0, samples)]
-    windows = [(start, min(start + chunk, samples)) for start in range(0, samples - chunk + step, step)]
-    start, end = windows[-1]
-    shortest = min(chunk, round(SHORTEST_LAST_WINDOW * rate))
-    return [*windows[:-1], (min(start, end - shortest), end)]
-
-
 def _ranked(scores: dict[str, float]) -> list[dict[str, Any]]:
     return [{"label": label, "score": scores[label]} for label in sorted(scores, key=scores.__getitem__, reverse=True)]
 
@@ -442,12 +385,6 @@ def _as_list(described: dict[str, Any]) -> list[dict[str, Any]]:
     if isinstance(main, float):
         return [{"label": "age", "score": main}]
     return [{"label": label, "score": score} for label, score in main.items()]
-
-
-def _at_least(option: str, value: float, least: float) -> float:
-    if not value >= least:
-        raise ValueError(f"{option} is {value}; it must be at least {least}.")
-    return value
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -17,8 +17,8 @@ import yaml
 if TYPE_CHECKING:
     from sailer.data.augmentation import AugmentationSettings
     from sailer.data.schema import LabelSet
-    from sailer.losses import ObjectiveSettings
-    from sailer.trainer import SailerTrainingArguments
+    from sailer.training.losses import ObjectiveSettings
+    from sailer.training.trainer import SailerTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
@@ -300,8 +300,8 @@ _RecipeLoader.add_implicit_resolver(
 def _parts() -> dict[str, type]:
     # Imported here because they bring torch and transformers, which reading or listing recipes does not need.
     from sailer.data.augmentation import AugmentationSettings
-    from sailer.losses import ObjectiveSettings
-    from sailer.trainer import SailerTrainingArguments
+    from sailer.training.losses import ObjectiveSettings
+    from sailer.training.trainer import SailerTrainingArguments
 
     return {
         "model": ModelSettings,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,21 +17,18 @@ import transformers
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
 
-from sailer import (
-    SailerForAudioClassification,
-    SailerProcessor,
-    SailerTrainer,
-    reporting,
-    tiny_backbones,
-)
+from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer
+from sailer.atomic import adding_to_folder
 from sailer.data import CorpusError, LabelSet, load_corpus
 from sailer.data.collator import SailerCollator
-from sailer.data.features import FeatureStore
 from sailer.data.labels import distribution
 from sailer.data.preview import preview
 from sailer.data.sampler import PlannedDataset
 from sailer.data.statistics import class_counts, shared_speaker_warnings
-from sailer.evaluation import (
+from sailer.hub.card import render_card
+from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
+from sailer.training import tiny_backbones
+from sailer.training.evaluation import (
     baselines,
     calibrate,
     calibration_report,
@@ -42,8 +37,9 @@ from sailer.evaluation import (
     without_prefix,
     write_json,
 )
-from sailer.losses import SailerObjective, label_prior, label_weights
-from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
+from sailer.training.features import FeatureStore
+from sailer.training.losses import SailerObjective, label_prior, label_weights
+from sailer.training.plots import plot_training
 
 logger = logging.getLogger(__name__)
 
@@ -132,19 +128,19 @@ def train(settings: Settings) -> Path:
     metrics["wall_seconds"] = time.perf_counter() - started
 
     if trainer.is_world_process_zero():
-        with staged(output_dir) as folder:
+        with adding_to_folder(output_dir) as folder:
             system.model.save_pretrained(folder)
             system.processor.save_pretrained(folder)
             write_json(metrics, folder / "metrics.json")
             (folder / "recipe.yaml").write_text(resolved)
-            reporting.plot_training(trainer.state.log_history, folder / "training_curve.png")
+            plot_training(trainer.state.log_history, folder / "training_curve.png")
             for name, prediction in predictions.items():
                 if "logits" in prediction.predictions:
                     path = folder / ("confusion_matrix.png" if len(predictions) == 1 else f"confusion_{name}.png")
                     logits, labels = prediction.predictions["logits"], prediction.label_ids["consensus"]
                     draw_confusion(logits, labels, label_set, path)
             facts = card_facts(settings, output_dir.name, resolved, corpus, label_set, metrics)
-            reporting.render_card(facts, folder / "README.md")
+            render_card(facts, folder / "README.md")
         shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
         for name in ("validation", *test_splits):
             print(summary(name, metrics[name]))
@@ -361,20 +357,6 @@ def card_facts(
         },
         "files": {"training_curve.png": "Losses and validation metrics over the epochs"},
     }
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write to; its files replace those of `folder` when the block ends well."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
-        yield Path(staging)
-        for path in sorted(Path(staging).rglob("*")):
-            target = folder / path.relative_to(staging)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                path.replace(target)
 
 
 def _test_splits(data: DataSettings, corpus: DatasetDict) -> list[str]:

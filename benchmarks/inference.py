@@ -198,7 +198,7 @@ def convert_checkpoint(folder: Path) -> None:
     from transformers import WhisperFeatureExtractor
 
     from sailer import SailerForAudioClassification, SailerProcessor
-    from sailer.conversion import convert
+    from sailer.hub.conversion import convert
 
     model = SailerForAudioClassification.from_pretrained(convert(folder / "checkpoint", folder / "padded"))
     model.config.attend_to_padding = False

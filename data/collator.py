@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from sailer.configuration_sailer import HEADS, SEX_LABELS
 from sailer.data.labels import distribution
-from sailer.data.rendering import Item, clips_of, render, rendering_key, transcript_of
+from sailer.data.rendering import Item, RenderingKey, clips_of, render, rendering_key, transcript_of
 from sailer.data.schema import LabelSet
 from sailer.processing_sailer import SailerProcessor
 
-if TYPE_CHECKING:
-    from sailer.data.features import FeatureStore
-
 UNKNOWN_SEX = -100
 TEXT_INPUTS = ("input_ids", "text_attention_mask")
+
+
+class KeptStates(Protocol):
+    """What keeps frozen towers' hidden states, such as `sailer.training.features.FeatureStore`."""
+
+    def inputs(self, keys: Sequence[RenderingKey], transcripts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The model's inputs for renderings and their transcripts, of those towers that are kept."""
+        ...
 
 
 @dataclass
@@ -50,7 +55,7 @@ class SailerCollator:
     heads: Sequence[str]
     max_seconds: float = 15.0
     hard_targets: bool = False
-    features: FeatureStore | None = None
+    features: KeptStates | None = None
 
     def __post_init__(self) -> None:
         unknown = [head for head in self.heads if head not in HEADS]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ import soundfile
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
+from sailer.atomic import replacing_folder
+from sailer.audio_sailer import load_audio
 from sailer.data.corpora.msp_labels import CONSENSUS_FIELDS, EMOTION_CODES, NO_AGREEMENT_CODE
 from sailer.data.schema import NO_AGREEMENT, SECONDARY_LABELS, CorpusError, LabelSet
-from sailer.processing_sailer import load_audio
 
 SPLIT_NAMES = {"train": "Train", "validation": "Development", "test": "Test1", "unassigned": "NA"}
 _SAMPLING_RATE = 16000
@@ -78,9 +77,7 @@ def write_msp_podcast(
     ]
     _check_names(clips)
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
-    try:
+    with replacing_folder(output_dir) as partial:
         (partial / labels_folder).mkdir(parents=True)
         for file_name, write in writers.items():
             (partial / labels_folder / file_name).write_text(write(clips), encoding="utf-8")
@@ -91,11 +88,6 @@ def write_msp_podcast(
                 file = partial / "Transcripts" / Path(clip["file"]).with_suffix(".txt")
                 file.write_text(clip["transcript"] + "\n", encoding="utf-8")
         _write_audio(datasets, clips, partial / "Audios")
-        if output_dir.exists():
-            output_dir.rmdir()
-        os.replace(partial, output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output_dir
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sailer.audio_sailer import MINIMUM_SECONDS, load_audio
 from sailer.data.schema import CorpusError
-from sailer.processing_sailer import MINIMUM_SECONDS, load_audio
 
 Item = Mapping[str, Any]
 RenderingKey = tuple[str | float, ...]

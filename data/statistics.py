@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from itertools import combinations
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from sailer.atomic import replacing_folder
 from sailer.data.corpora.hub import LABEL_SET_FILE
 from sailer.data.labels import agreement, entropy, fleiss_kappa
 from sailer.data.schema import NO_AGREEMENT, UNLABELLED, CorpusError, CorpusReport, LabelSet
@@ -92,9 +92,7 @@ def save(
     """
     output_dir, label_set = Path(output_dir), label_set or LabelSet()
     check_output_dir(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial, previous = (output_dir.with_name(f".{output_dir.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
-    try:
+    with replacing_folder(output_dir) as partial:
         DatasetDict(datasets).save_to_disk(partial)
         names = {"labels": label_set.labels, "majority": label_set.majority, "scored": label_set.scored}
         (partial / LABEL_SET_FILE).write_text(json.dumps(names, indent=1), encoding="utf-8")
@@ -103,12 +101,6 @@ def save(
         plot(datasets, partial / PLOT_FILE, label_set)
         if (output_dir / TRANSCRIPTS_FILE).is_file():
             shutil.copy2(output_dir / TRANSCRIPTS_FILE, partial)
-        if output_dir.exists():
-            os.replace(output_dir, previous)
-        os.replace(partial, output_dir)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output_dir
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Value
 from tqdm.auto import tqdm
 
+from sailer.audio_sailer import load_audio
 from sailer.data.schema import CorpusError
-from sailer.processing_sailer import load_audio
 
 SAMPLING_RATE = 16000
 # Longer clips are recognised in windows of this many seconds, which is what Whisper hears at once.

@@ -33,21 +33,21 @@ def whisper_base(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sailer.tiny_backbones import make_tiny_whisper
+    from sailer.training.tiny_backbones import make_tiny_whisper
 
     return make_tiny_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.fixture(scope="session")
 def tiny_wavlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sailer.tiny_backbones import make_tiny_wavlm
+    from sailer.training.tiny_backbones import make_tiny_wavlm
 
     return make_tiny_wavlm(tmp_path_factory.mktemp("wavlm"))
 
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from sailer.tiny_backbones import make_tiny_text
+    from sailer.training.tiny_backbones import make_tiny_text
 
     return make_tiny_text(tmp_path_factory.mktemp("text"))
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from sailer.calibration import TEMPERATURE_RANGE, fit_temperature, natural_probabilities
-from sailer.losses import DistributionLoss, label_prior, label_weights
-from sailer.metrics import distribution_metrics
+from sailer.training.calibration import TEMPERATURE_RANGE, fit_temperature, natural_probabilities
+from sailer.training.losses import DistributionLoss, label_prior, label_weights
+from sailer.training.metrics import distribution_metrics
 
 
 @pytest.fixture

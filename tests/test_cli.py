@@ -24,10 +24,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list:
         monkeypatch.setitem(sys.modules, f"sailer.{module}", types.SimpleNamespace(**functions))
 
     stand_in("train", Path("out"), "run")
-    stand_in("evaluation", Path("figures"), "evaluate_models")
-    stand_in("predict", 3, "main")
-    stand_in("conversion", Path("converted"), "convert")
-    stand_in("publishing", "https://huggingface.co/me/it", "push")
+    stand_in("training.evaluation", Path("figures"), "evaluate_models")
+    stand_in("inference.predict", 3, "main")
+    stand_in("hub.conversion", Path("converted"), "convert")
+    stand_in("hub.publishing", "https://huggingface.co/me/it", "push")
     return noted
 
 

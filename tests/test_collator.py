@@ -86,7 +86,7 @@ def test_hard_targets_of_plain_rows(processor, rows):
 
 
 def test_inputs_are_the_processors(processor, rows):
-    from sailer.processing_sailer import load_audio
+    from sailer.audio_sailer import load_audio
 
     batch = collator(processor, max_seconds=1.0)(list(rows))
     waveforms = [load_audio(row["audio"], max_seconds=1.0) for row in rows]

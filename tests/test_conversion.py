@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from sailer import SailerForAudioClassification, SailerProcessor
-from sailer.conversion import ConversionError, convert, packaged_config
-from sailer.processing_sailer import load_audio
+from sailer.audio_sailer import load_audio
+from sailer.hub.conversion import ConversionError, convert, packaged_config
 
 CHECKPOINTS = ["whisper_lora", "whisper_frozen", "whisper_dim", "wavlm_finetune"]
 PARAMETERS = {"whisper-large-v3": 636_968_960, "wavlm-large": 315_453_120, "roberta-large": 355_359_744}

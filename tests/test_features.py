@@ -11,12 +11,12 @@ import torch
 from transformers import AutoFeatureExtractor
 
 from sailer import SailerForAudioClassification, SailerProcessor
-from sailer.data import features as features_module
 from sailer.data.augmentation import AugmentationSettings
 from sailer.data.collator import SailerCollator
-from sailer.data.features import FeatureStore
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError, LabelSet, build_dataset
+from sailer.training import features as features_module
+from sailer.training.features import FeatureStore
 
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
 TRANSCRIPTS = ["i am so happy about this", "leave me alone", "", "the lazy dog"]
@@ -119,7 +119,7 @@ def test_same_outputs_with_and_without(system, corpus, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("layers", ["weighted", "weighted_norm"])
 @pytest.mark.parametrize("norm", ["layer", "group"])
 def test_all_layers_of_a_waveform_encoder(tmp_path, corpus, layers, norm):
-    from sailer.tiny_backbones import make_tiny_wavlm
+    from sailer.training.tiny_backbones import make_tiny_wavlm
 
     backbone = make_tiny_wavlm(tmp_path / "wavlm", norm=norm)
     model = SailerForAudioClassification.from_audio_text_pretrained(backbone, audio_layers=layers, heads=HEADS).eval()

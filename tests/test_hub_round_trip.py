@@ -45,11 +45,14 @@ assert [p["label"] for p in again] == [p["label"] for p in predictions]
 print("stranger is served")
 """
 CODE = {
+    "audio_sailer.py",
     "configuration_sailer.py",
     "encoders_sailer.py",
+    "layers_sailer.py",
     "modeling_sailer.py",
     "pipeline_sailer.py",
     "processing_sailer.py",
+    "windows_sailer.py",
 }
 
 
@@ -68,7 +71,7 @@ def test_without_the_package(
     import torch
 
     from sailer import SailerForAudioClassification, SailerProcessor
-    from sailer.processing_sailer import load_audio
+    from sailer.audio_sailer import load_audio
 
     folder = request.getfixturevalue(system)
     model = SailerForAudioClassification.from_pretrained(folder).eval()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.utils import ModelOutput
 
-from sailer.losses import (
+from sailer.training.losses import (
     ClassLoss,
     ConcordanceLoss,
     DistributionLoss,

@@ -15,9 +15,9 @@ from sklearn.metrics import (
     f1_score,
 )
 
-from sailer import metrics
 from sailer.data.schema import PRIMARY_LABELS, LabelSet
-from sailer.metrics import (
+from sailer.training import metrics
+from sailer.training.metrics import (
     concordance_metrics,
     decision_metrics,
     decisions,

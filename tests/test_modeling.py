@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoFeatureExtractor, AutoModel, AutoTokenizer
 
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
+from sailer.audio_sailer import load_audio
 from sailer.encoders_sailer import load_encoder, transformer_layers
-from sailer.modeling_sailer import LayerWeights
-from sailer.processing_sailer import load_audio
-from sailer.tiny_backbones import make_tiny_wavlm, make_tiny_whisper
+from sailer.layers_sailer import LayerWeights
+from sailer.training.tiny_backbones import make_tiny_wavlm, make_tiny_whisper
 
 ALL_HEADS = ["primary", "secondary", "attributes", "sex", "age"]
 SECONDS = (0.5, 3.1, 1.0, 15.0, 0.1, 7.77)
@@ -288,6 +288,13 @@ def test_trainable_wavlm_takes_gradients_and_very_short_clips(tiny_wavlm: Path) 
     loss.backward()
     assert model.sailer.audio_encoder.encoder.layers[0].attention.k_proj.weight.grad.abs().sum() > 0
     assert model.sailer.audio_encoder.config.apply_spec_augment
+
+
+def test_saved_weights_have_the_usual_permissions(tiny_whisper: Path, tmp_path: Path) -> None:
+    model = SailerForAudioClassification.from_audio_text_pretrained(tiny_whisper)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 @pytest.mark.parametrize("system", ["tiny_sailer", "tiny_speech_sailer"])

@@ -18,28 +18,23 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every .py file in the root enters the wheel: a new one is a module of the package and listed here, or out of place.
 ROOT_MODULES = {
     "__init__",
-    "calibration",
+    "atomic",
+    "audio_sailer",
     "cli",
     "configuration_sailer",
-    "conversion",
     "encoders_sailer",
-    "evaluation",
-    "losses",
-    "metrics",
+    "layers_sailer",
     "modeling_sailer",
     "pipeline_sailer",
-    "predict",
     "processing_sailer",
-    "publishing",
-    "reporting",
     "settings",
-    "tiny_backbones",
     "train",
-    "trainer",
+    "windows_sailer",
 }
+ROOMS = ("data", "hub", "inference", "training")
 WANTED = re.compile(
     rf"""sailer/({"|".join(sorted(ROOT_MODULES))})\.py
-    | sailer/data/(corpora/)?\w+\.py
+    | sailer/(data/(corpora/|synthetic/)?|hub/|inference/|training/)\w+\.py
     | sailer/recipes/\w+\.yaml
     | sailer/backbone_configs/[\w-]+\.json
     | sailer/model_cards/template\.md\.jinja
@@ -70,7 +65,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_its_recipes_and_its_card_template_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert unwanted(names) == []
-    sources = [path.relative_to(ROOT) for path in (ROOT / "data").rglob("*.py")]
+    sources = [path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")]
     sources += [Path(f"{name}.py") for name in ROOT_MODULES if (ROOT / f"{name}.py").exists()]
     sources += [
         path.relative_to(ROOT) for path in (*ROOT.glob("recipes/*.yaml"), *ROOT.glob("backbone_configs/*.json"))
@@ -98,8 +93,8 @@ def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> N
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(target)]
     subprocess.run([*install, str(wheel)], check=True, timeout=300)
     code = (
-        "import sailer, sailer.cli, sailer.reporting; print(sailer.__file__);"
-        "assert sailer.reporting.CARD_TEMPLATE.is_file(); sailer.cli.main(['recipes'])"
+        "import sailer, sailer.cli, sailer.hub.card; print(sailer.__file__);"
+        "assert sailer.hub.card.CARD_TEMPLATE.is_file(); sailer.cli.main(['recipes'])"
     )
     environment = os.environ | {"PYTHONPATH": str(target)}
     command = [sys.executable, "-c", code]
@@ -138,7 +133,7 @@ def test_public_names_are_all_there() -> None:
 
 
 def test_no_root_module_hides_another_package() -> None:
-    names = {path.stem for path in ROOT.glob("*.py")} | {"data", "recipes"}
+    names = {path.stem for path in ROOT.glob("*.py")} | {*ROOMS, "recipes"}
     assert names & (set(packages_distributions()) | sys.stdlib_module_names) - {"__init__"} == set()
 
 

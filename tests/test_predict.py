@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from sailer import SpeechEmotionPipeline
 from sailer.cli import main
-from sailer.predict import (
+from sailer.inference.predict import (
     PredictionError,
     PredictionSettings,
     RowFile,

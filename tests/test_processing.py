@@ -9,7 +9,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
 from sailer import SailerProcessor
-from sailer.processing_sailer import load_audio
+from sailer.audio_sailer import load_audio
 
 
 @pytest.fixture(scope="module")

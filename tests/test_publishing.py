@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sailer.publishing import push
+from sailer.hub.publishing import push
 
 SYSTEM = ("config.json", "model.safetensors", "processor_config.json", "README.md", "modeling_sailer.py", "curve.png")
 

@@ -9,12 +9,12 @@ import pytest
 import soundfile
 
 from sailer.data import CorpusError, CorpusReport, LabelSet, load_corpus
-from sailer.data import espeak as espeak_module
-from sailer.data import synthetic as synthetic_module
-from sailer.data.espeak import Espeak, Voice, espeak
 from sailer.data.labels import consensus
 from sailer.data.schema import NO_AGREEMENT, canonical_features
-from sailer.data.synthetic_emotions import DEVELOPMENT_COUNTS, EMOTIONS, TRAIN_COUNTS
+from sailer.data.synthetic import corpus as synthetic_module
+from sailer.data.synthetic import espeak as espeak_module
+from sailer.data.synthetic.emotions import DEVELOPMENT_COUNTS, EMOTIONS, TRAIN_COUNTS
+from sailer.data.synthetic.espeak import Espeak, Voice, espeak
 
 SMALL = {"train_clips": 40, "validation_clips": 12, "test_clips_per_class": 2}
 

@@ -13,9 +13,9 @@ import pytest
 from sailer import SailerForAudioClassification, SailerProcessor
 from sailer.cli import main
 from sailer.data import load_corpus
-from sailer.evaluation import evaluate_models
 from sailer.settings import load_recipe, resolve
 from sailer.train import build_system, cache_features, fit, run, shuffle_labels
+from sailer.training.evaluation import evaluate_models
 
 pytest.importorskip("espeakng_loader", reason="the synthetic corpus needs espeakng-loader (the demo extra)")
 
@@ -31,11 +31,14 @@ LEFT = {
     *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md", "recipe.yaml"),
     *("metrics.json", "training_curve.png", "confusion_matrix.png"),
     *(
+        "audio_sailer.py",
         "configuration_sailer.py",
         "encoders_sailer.py",
+        "layers_sailer.py",
         "modeling_sailer.py",
         "pipeline_sailer.py",
         "processing_sailer.py",
+        "windows_sailer.py",
     ),
 }
 

@@ -10,7 +10,7 @@ from sailer.data.augmentation import AugmentationSettings
 from sailer.data.collator import SailerCollator
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import LabelSet, build_dataset
-from sailer.losses import ObjectiveSettings, SailerObjective
+from sailer.training.losses import ObjectiveSettings, SailerObjective
 
 HEADS = ["primary", "secondary", "attributes", "sex", "age"]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,14 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
+from sailer.atomic import replacing_folder
 from sailer.configuration_sailer import ATTRIBUTES, PRIMARY_LABELS, SailerConfig
 from sailer.modeling_sailer import SailerForAudioClassification
 from sailer.processing_sailer import SailerProcessor
 
 logger = logging.getLogger(__name__)
 
-BACKBONE_CONFIGS = Path(__file__).parent / "backbone_configs"
+BACKBONE_CONFIGS = Path(__file__).parents[1] / "backbone_configs"
 # `pretrain_model` of a released checkpoint -> the configuration that ships with this package.
 RELEASED_BACKBONES = {"whisper_large": "whisper-large-v3", "wavlm_large": "wavlm-large"}
 WHISPER_SECONDS = 15
@@ -80,16 +79,9 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, audio_bac
         model = SailerForAudioClassification(config)
     model.load_state_dict(_read_tensors(folder, settings, model), assign=True)
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
-        model.save_pretrained(temporary)
-        _processor(config).save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp's folders are private
-        os.replace(temporary, destination)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with replacing_folder(destination) as folder:
+        model.save_pretrained(folder)
+        _processor(config).save_pretrained(folder)
     return destination
 
 

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from sailer.atomic import replacing
 from sailer.configuration_sailer import ATTRIBUTES, SailerConfig
 from sailer.modeling_sailer import SailerForAudioClassification
-from sailer.pipeline_sailer import Clip, SpeechEmotionPipeline
+from sailer.pipeline_sailer import SpeechEmotionPipeline
 from sailer.processing_sailer import SailerProcessor
-from sailer.reporting import replacing
+from sailer.windows_sailer import Clip
 
 if TYPE_CHECKING:
     import argparse

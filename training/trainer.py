@@ -13,7 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from sailer.data.sampler import EpochSampler, PlannedDataset
 from sailer.data.schema import LabelSet
-from sailer.losses import SailerObjective
+from sailer.training.losses import SailerObjective
 
 TARGETS = ("labels", "secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 # In a batch for scoring but not for the model: the consensus label that the corpus publishes.
@@ -31,7 +31,7 @@ class SailerTrainingArguments(TrainingArguments):
 
     Not said in the paper and chosen here: batches of 32 clips, AdamW, a linear schedule after 5 % of warm-up steps,
     gradients clipped at 1. The best epoch by `metric_for_best_model` is kept, any key of
-    `sailer.metrics.emotion_report`; its direction follows from the metric.
+    `sailer.training.metrics.emotion_report`; its direction follows from the metric.
     """
 
     output_dir: str | None = "outputs"
@@ -60,7 +60,7 @@ class SailerTrainingArguments(TrainingArguments):
                 "(freeze_audio, freeze_text)."
             )
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            from sailer.metrics import greater_is_better
+            from sailer.training.metrics import greater_is_better
 
             name = self.metric_for_best_model.removeprefix("eval_")
             self.greater_is_better = greater_is_better(name) and not name.startswith("loss")
@@ -69,7 +69,7 @@ class SailerTrainingArguments(TrainingArguments):
 
 class SailerTrainer(Trainer):
     """
-    Trainer whose loss is a `SailerObjective` and whose evaluation is `sailer.metrics.emotion_report`.
+    Trainer whose loss is a `SailerObjective` and whose evaluation is `sailer.training.metrics.emotion_report`.
 
     Each named component of the loss is logged beside it. Evaluation losses are computed over exactly the clips of the
     split, whatever the number of processes.
@@ -189,7 +189,7 @@ class SailerTrainer(Trainer):
 
     def report(self, prediction: EvalPrediction) -> dict[str, float]:
         """`emotion_report` of a split, and the plain (not re-weighted) losses over it."""
-        from sailer.metrics import concordance_metrics, emotion_report
+        from sailer.training.metrics import concordance_metrics, emotion_report
 
         outputs, targets = prediction.predictions, prediction.label_ids
         self.objective.eval()

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from sailer.data.espeak import Espeak, Voice, espeak
 from sailer.data.labels import consensus
 from sailer.data.schema import NO_AGREEMENT, SECONDARY_LABELS, CorpusError, LabelSet
-from sailer.data.synthetic_emotions import CARRIERS, DEVELOPMENT_COUNTS, EMOTIONS, FILLERS, TRAIN_COUNTS
+from sailer.data.synthetic.emotions import CARRIERS, DEVELOPMENT_COUNTS, EMOTIONS, FILLERS, TRAIN_COUNTS
+from sailer.data.synthetic.espeak import Espeak, Voice, espeak
 
 ACCENTS = ("en-us", "en-us-nyc", "en-gb-x-rp", "en-029")
 # A clip leans to a second emotion by a share that is uniform up to the first value; beyond that an annotator errs with

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from sailer.atomic import replacing
 from sailer.data.collator import TEXT_INPUTS, SailerCollator
 from sailer.data.rendering import Item, RenderingKey, rendering_key, transcript_of
 from sailer.data.sampler import PlannedDataset
@@ -203,13 +204,8 @@ class _Shelf:
         tqdm.write(f"Features of {what}: {size}, {_readable(free)} free", file=sys.stderr)
 
     def _write(self, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        partial = path.with_suffix(".partial")
-        try:
-            save_file(tensors, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as beside:
+            save_file(tensors, beside)
 
     def _open(self) -> None:
         shards = sorted(self.folder.glob("*.safetensors")) if self.folder is not None else []

@@ -16,12 +16,13 @@ from scipy.special import log_softmax, logsumexp
 from transformers.trainer_utils import PredictionOutput
 
 from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer, SailerTrainingArguments
-from sailer.calibration import fit_temperature, natural_probabilities
+from sailer.atomic import replacing
 from sailer.data import CorpusError, LabelSet, load_corpus
 from sailer.data.collator import SailerCollator
-from sailer.losses import ObjectiveSettings, SailerObjective
-from sailer.metrics import decisions, distribution_metrics, emotion_report, majority_class_f1
-from sailer.reporting import plot_confusion, replacing
+from sailer.training.calibration import fit_temperature, natural_probabilities
+from sailer.training.losses import ObjectiveSettings, SailerObjective
+from sailer.training.metrics import decisions, distribution_metrics, emotion_report, majority_class_f1
+from sailer.training.plots import plot_confusion
 
 # What `summary` shows of a split's figures, if it has them.
 SUMMARY = {

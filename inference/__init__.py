@@ -1,0 +1,1 @@
+"""A saved system and recordings in, results on disk out."""

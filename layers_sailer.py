@@ -1,0 +1,57 @@
+"""The trained parts between the towers and the outputs, in the order data flows (paper, section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class LayerWeights(nn.Module):
+    """Softmax-weighted sum over a tower's hidden states, each layer-normalised first if asked."""
+
+    def __init__(self, layers: int, normalize: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layers))
+        self.normalize = normalize
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(batch, layers, ..., width) -> (batch, ..., width)."""
+        if self.normalize:
+            states = nn.functional.layer_norm(states, states.shape[-1:])
+        weights = self.weight.softmax(0)
+        return torch.einsum("l,bl...->b...", weights.to(states.dtype), states)
+
+
+def pool_frames(states: torch.Tensor, mask: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of each `frames` consecutive frames of states (batch, frames, width), and how many of the clip's own
+    frames each of them holds: the last of a clip may hold fewer, and then counts for less."""
+    missing = -states.shape[1] % frames
+    own = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, frames))
+    states = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, frames))
+    return masked_mean(states, own), own.sum(-1)
+
+
+def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the second to last axis, weighted by the mask; zero where that is zero."""
+    mask = mask.to(states.dtype).unsqueeze(-1)
+    return (states * mask).sum(-2) / mask.sum(-2).clamp(min=1)
+
+
+class AudioProjection(nn.Sequential):
+    """Three 1x1 convolutions, ReLU and dropout between: (batch, width, frames) -> (batch, hidden_size, frames)."""
+
+    def __init__(self, width: int, hidden_size: int, dropout: float) -> None:
+        layers: list[nn.Module] = []
+        for inputs in (width, hidden_size, hidden_size):
+            layers += [nn.Conv1d(inputs, hidden_size, kernel_size=1), nn.ReLU(), nn.Dropout(dropout)]
+        super().__init__(*layers[:-2])
+
+
+class PredictionHead(nn.Sequential):
+    """Two-layer MLP with ReLU: (batch, width) -> (batch, outputs)."""
+
+    def __init__(self, width: int, hidden_size: int, outputs: int) -> None:
+        super().__init__(nn.Linear(width, hidden_size), nn.ReLU(), nn.Linear(hidden_size, outputs))
+
+
+__all__ = ["AudioProjection", "LayerWeights", "PredictionHead", "masked_mean", "pool_frames"]

@@ -1,0 +1,1 @@
+"""Batches in, a trained and judged system out: trainer, losses, metrics, calibration, evaluation, kept features."""

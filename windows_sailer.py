@@ -1,0 +1,79 @@
+"""A recording on its way through the pipeline: cut into windows, prepared ahead of the model, outputs as they come."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+SHORTEST_LAST_WINDOW = 1.0
+
+
+@dataclass
+class Clip:
+    """One input on its way through the pipeline: its windows, and their outputs as they arrive."""
+
+    windows: list[np.ndarray] = field(default_factory=list)
+    timestamps: list[tuple[float, float]] = field(default_factory=list)
+    text: str | None = None
+    error: Exception | None = None
+    texts: dict[int, str] = field(default_factory=dict)
+    outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.outputs) == len(self.timestamps)
+
+
+def cut_windows(
+    samples: int, rate: int, chunk_length_s: float, stride_length_s: float | tuple[float, float] | None
+) -> list[tuple[int, int]]:
+    """First and last sample of each window: all but the last are a chunk long and start a chunk less strides apart."""
+    chunk = round(at_least("chunk_length_s", chunk_length_s, 0) * rate)
+    strides = chunk_length_s / 6 if stride_length_s is None else stride_length_s
+    left, right = strides if isinstance(strides, (list, tuple)) else (strides, strides)
+    step = (
+        chunk
+        - round(at_least("stride_length_s", left, 0) * rate)
+        - round(at_least("stride_length_s", right, 0) * rate)
+    )
+    if chunk > 0 and step <= 0:
+        raise ValueError(
+            f"stride_length_s ({left} and {right} s) leaves nothing of a window of {chunk_length_s} s; choose less."
+        )
+    if chunk == 0 or samples <= chunk:
+        return [(0, samples)]
+    windows = [(start, min(start + chunk, samples)) for start in range(0, samples - chunk + step, step)]
+    start, end = windows[-1]
+    shortest = min(chunk, round(SHORTEST_LAST_WINDOW * rate))
+    return [*windows[:-1], (min(start, end - shortest), end)]
+
+
+def run_ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int, batch_size: int) -> Iterator[Clip]:
+    """`prepare` of each item, in order; with workers in threads, some items ahead."""
+    if workers == 0:
+        yield from map(prepare, items)
+        return
+    pending: deque[Future[Clip]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            pending.append(pool.submit(prepare, item))
+            if len(pending) > workers + batch_size:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def at_least(option: str, value: float, least: float) -> float:
+    """`value`; raises ValueError by the option's name where it is less than `least`."""
+    if not value >= least:
+        raise ValueError(f"{option} is {value}; it must be at least {least}.")
+    return value
+
+
+__all__ = ["Clip", "at_least", "cut_windows", "run_ahead"]
