@@ -4,16 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
+# One thread per process: with more the tests that start two processes take twenty times as long.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test style bench clean
+.PHONY: demo test slow style bench clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
 	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python train.py recipes/demo.yaml
 
-# One thread per process: with more the tests that start two processes take twenty times as long.
-test: $(STAMP)  ## run the tests; make test TESTS="tests/test_losses.py -k kl" runs some
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(TESTS)
+test: $(STAMP)  ## run the fast tests; make test TESTS="tests/test_losses.py -k kl" runs some
+	$(PYTEST) -m "not slow" $(TESTS)
+
+slow: $(VENV)/installed-all  ## run the tests that take over ten seconds each or need another extra than dev
+	$(PYTEST) -m slow $(TESTS)
 
 style: $(STAMP)  ## check the style and the format
 	$(BIN)/ruff check .
@@ -32,5 +37,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "error: this Python cannot make virtual environments (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP_INSTALL) '.[dev]'
+	@touch $@
+
+# An extra of setup.cfg on top of dev.
+$(VENV)/installed-%: $(STAMP)
+	$(PIP_INSTALL) '.[dev,$*]'
 	@touch $@

@@ -108,6 +108,7 @@ def test_a_line_that_was_cut_short_counts_as_not_run(ablation, tmp_path):
     assert ablation.finished(tmp_path / "elsewhere") == {}
 
 
+@pytest.mark.slow
 def test_a_tiny_table_is_written_and_a_second_call_trains_nothing(ablation, tmp_path, monkeypatch, capsys):
     pytest.importorskip("espeakng_loader")
     rows = {"weighting": ablation.GROUPS["synthetic"]["weighting"][1:], "layers": ablation.LAYERS[:1]}
