@@ -1,5 +1,6 @@
 """SailerConfig: two backbones, the fusion head's shape, the label set, and what the scores mean (paper, section 2)."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,12 @@ SEX_LABELS = ("female", "male")
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
 AUDIO_LAYERS = ("last", "weighted", "weighted_norm")
 TARGET_WEIGHTINGS = ("none", "product", "normalized")
+# Options that name the labels, and what holds for one label set alone.
+NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")
+OF_THE_LABELS = (
+    *("majority_labels", "scored_labels", "label_weights", "label_prior"),
+    *("target_weighting", "calibration_temperature"),
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_sailer.SailerConfig",
@@ -146,6 +153,20 @@ class SailerConfig(PretrainedConfig):
         kwargs["custom_pipelines"] = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'. Labels that are given (`labels`, `id2label` or `num_labels`) replace the saved ones, and
+        with them all that held for those alone: scored and majority labels, weights, prior and temperature.
+
+        Raises:
+            ValueError: they contradict each other, or an option is out of its range.
+        """
+        naming = {name: kwargs.pop(name) for name in NAMING_LABELS if kwargs.get(name) is not None}
+        config_dict = _relabelled(config_dict, naming) if naming else dict(config_dict)
+        for option in set(kwargs) & set(inspect.signature(cls.__init__).parameters) - {"kwargs", *cls.sub_configs}:
+            config_dict[option] = kwargs.pop(option)  # through the constructor, which checks them
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def labels(self) -> list[str]:
         """Primary labels in the order of the logits."""
@@ -156,25 +177,42 @@ class SailerConfig(PretrainedConfig):
             ("audio_layers", [self.audio_layers], AUDIO_LAYERS),
             ("target_weighting", [self.target_weighting], TARGET_WEIGHTINGS),
             ("heads", heads, HEADS),
-            ("majority_labels", self.majority_labels, names),
-            ("scored_labels", self.scored_labels, names),
         ):
             unknown = [item for item in value if item not in allowed]
             if unknown:
                 raise ValueError(f"{option}: unknown {unknown}; choose from {list(allowed)}.")
         if not self.heads:
             raise ValueError(f"heads is empty: a system needs at least one of {list(HEADS)}.")
-        if len(set(names)) != len(names):
-            raise ValueError(f"labels name a class twice: {names}.")
-        for option in ("label_weights", "label_prior"):
-            value = getattr(self, option)
-            if value is not None and len(value) != len(names):
-                raise ValueError(f"{option} has {len(value)} values for {len(names)} labels {names}.")
+        self.check_labels(names)
         if not isinstance(self.frame_pooling, int) or self.frame_pooling < 1:
             raise ValueError(f"frame_pooling is a whole number from 1, got {self.frame_pooling!r}.")
         self._check_trainable_layers()
         if not self.calibration_temperature > 0:
             raise ValueError(f"calibration_temperature must be positive, got {self.calibration_temperature}.")
+
+    def check_labels(self, names: list[str] | None = None) -> None:
+        """See that all that depends on the labels fits them, also where `id2label` was set on the object.
+
+        Args:
+            names: the labels; those of the configuration by default.
+
+        Raises:
+            ValueError: a class is named twice, or an option speaks of other labels; the message names both.
+        """
+        names = self.labels if names is None else names
+        if len(set(names)) != len(names):
+            raise ValueError(f"labels name a class twice: {names}.")
+        advice = "name them with labels= when the configuration is made or loaded"
+        for option in ("majority_labels", "scored_labels"):
+            unknown = [label for label in getattr(self, option) if label not in names]
+            if unknown:
+                raise ValueError(f"{option}: unknown {unknown}; the labels are {names}. If those are new, {advice}.")
+        for option in ("label_weights", "label_prior"):
+            value = getattr(self, option)
+            if value is not None and len(value) != len(names):
+                raise ValueError(
+                    f"{option} has {len(value)} values for {len(names)} labels {names}. If those are new, {advice}."
+                )
 
     def _check_trainable_layers(self) -> None:
         trainable = self.trainable_audio_layers
@@ -189,6 +227,24 @@ class SailerConfig(PretrainedConfig):
         if not isinstance(trainable, int) or trainable < 1 or (layers is not None and trainable > layers):
             there = "" if layers is None else f" to {layers}, which this encoder has"
             raise ValueError(f"trainable_audio_layers is a whole number from 1{there}; got {trainable!r}.")
+
+
+def _relabelled(saved: dict[str, Any], naming: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the labels that `naming` gives by any of `NAMING_LABELS`."""
+    before = [label for _, label in sorted((int(key), label) for key, label in saved.get("id2label", {}).items())]
+    number, labels = naming.get("num_labels"), naming.get("labels")
+    if labels is None and "id2label" in naming:
+        labels = [label for _, label in sorted((int(key), label) for key, label in naming["id2label"].items())]
+    if labels is None and "label2id" in naming:
+        labels = sorted(naming["label2id"], key=naming["label2id"].__getitem__)
+    if labels is None:
+        labels = before if number == len(before) else [f"LABEL_{index}" for index in range(number)]
+    if number is not None and number != len(labels):
+        raise ValueError(f"num_labels is {number} but {len(labels)} labels are named: {list(labels)}.")
+    if list(labels) == before:
+        return dict(saved)
+    dropped = {*OF_THE_LABELS, *NAMING_LABELS}
+    return {name: value for name, value in saved.items() if name not in dropped} | {"labels": list(labels)}
 
 
 def _sub_config(name: str, config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:

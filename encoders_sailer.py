@@ -50,7 +50,8 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
                 f"({self.max_source_positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
             )
         length = min(states.shape[1], self.max_source_positions) if attend_to_padding else longest
-        states = states[:, :length] + self.embed_positions.weight[:length]
+        # As a call, so that an offloaded table is there when it is read.
+        states = states[:, :length] + self.embed_positions(torch.arange(length, device=states.device))
         states = nn.functional.dropout(states, p=self.dropout, training=self.training)
         mask = None
         if own is not None and not attend_to_padding:

@@ -1,9 +1,11 @@
-"""The trained parts between the towers and the outputs, in the order data flows (paper, section 2)."""
+"""What stands between the towers and the outputs, in the order data flows, and the plain loss (paper, section 2)."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+UNKNOWN_LABEL = -100
 
 
 class LayerWeights(nn.Module):
@@ -54,4 +56,29 @@ class PredictionHead(nn.Sequential):
         super().__init__(nn.Linear(width, hidden_size), nn.ReLU(), nn.Linear(hidden_size, outputs))
 
 
-__all__ = ["AudioProjection", "LayerWeights", "PredictionHead", "masked_mean", "pool_frames"]
+def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over the known clips of the KL divergence from distributions (batch, labels), or of the cross-entropy of
+    class ids (batch,)."""
+    logits = logits.float()
+    if labels.ndim == 1 and not labels.is_floating_point():
+        try:
+            total = nn.functional.cross_entropy(logits, labels.long(), ignore_index=UNKNOWN_LABEL, reduction="sum")
+        except IndexError as error:
+            wrong = [label for label in labels.tolist() if label != UNKNOWN_LABEL and not 0 <= label < logits.shape[1]]
+            raise ValueError(
+                f"labels names class {wrong[0]}; the classes are 0 to {logits.shape[1] - 1}, and {UNKNOWN_LABEL} is "
+                "unknown."
+            ) from error
+        return total / (labels != UNKNOWN_LABEL).sum().clamp(min=1)
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels has the shape {tuple(labels.shape)} ({labels.dtype}): pass distributions of shape "
+            f"{tuple(logits.shape)}, or class ids of shape {tuple(logits.shape[:1])}, which are whole numbers."
+        )
+    known = ~labels.isnan().any(-1, keepdim=True)
+    targets = labels.nan_to_num()
+    divergence = torch.xlogy(targets, targets) - targets * logits.log_softmax(-1)
+    return (divergence * known).sum() / known.sum().clamp(min=1)
+
+
+__all__ = ["AudioProjection", "LayerWeights", "PredictionHead", "masked_mean", "plain_loss", "pool_frames"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,29 +13,41 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_sailer import ATTRIBUTES, SailerConfig
 from .encoders_sailer import all_hidden_states, build_encoder, encode_audio, load_encoder, transformer_layers
-from .layers_sailer import AudioProjection, LayerWeights, PredictionHead, masked_mean, pool_frames
+from .layers_sailer import AudioProjection, LayerWeights, PredictionHead, masked_mean, plain_loss, pool_frames
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
 
+logger = logging.get_logger(__name__)
+
+# Of from_pretrained's options, those that say where a checkpoint is.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+# Targets of the auxiliary heads: the loss over them is the training objective's.
+AUXILIARY_LABELS = ("secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years
 
 
 @dataclass
 class SailerModelOutput(ModelOutput):
-    """`embeddings` (batch, hidden_size [+ text width]): the fused clip embedding that the heads see."""
+    """
+    embeddings (batch, hidden_size [+ text width]): the fused clip embedding that the heads see.
+    hidden_states: with `output_hidden_states`, the speech encoder's, (batch, frames, width) each: its input embedding
+    and every layer's output, the last as the encoder gives it.
+    """
 
     embeddings: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class SailerClassifierOutput(ModelOutput):
     """
-    loss (): plain KL divergence from `labels` to softmax(logits), if labels were given.
+    loss (): plain KL divergence from `labels` to softmax(logits), or cross-entropy of class ids, if labels were given.
     logits (batch, labels); secondary_logits (batch, secondary labels); attributes (batch, 3): arousal, valence and
-    dominance in [0, 1]; sex_logits (batch, 2); age (batch,) in years; embeddings (batch, width).
+    dominance in [0, 1]; sex_logits (batch, 2); age (batch,) in years; embeddings and hidden_states as in
+    `SailerModelOutput`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -43,6 +57,7 @@ class SailerClassifierOutput(ModelOutput):
     sex_logits: torch.FloatTensor | None = None
     age: torch.FloatTensor | None = None
     embeddings: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 class SailerPreTrainedModel(PreTrainedModel):
@@ -50,6 +65,7 @@ class SailerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "sailer"
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever else a Trainer passes
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -65,6 +81,8 @@ class SailerPreTrainedModel(PreTrainedModel):
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """As transformers', from safetensors only: a pickle can run code when it is loaded, and is refused.
+
+        Heads that the checkpoint's own configuration does not have (`heads=[...]`) start afresh, which a warning says.
 
         Raises:
             OSError: there is no model.safetensors.
@@ -85,9 +103,33 @@ class SailerPreTrainedModel(PreTrainedModel):
                 f"The weights of {source} cannot be read ({error}): the file is truncated or damaged; get it again."
             ) from error
         if report["missing_keys"] and not output_loading_info:
-            raise ValueError(f"The weights of {source} lack {sorted(report['missing_keys'])[:5]}; get the whole file.")
+            fresh = cls._new_heads(model, source, kwargs)
+            lost = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(fresh)))
+            if lost:
+                raise ValueError(f"The weights of {source} lack {lost[:5]}; get the whole file.")
+            logger.warning("%s has no heads for %s: they start afresh and want training.", source, ", ".join(fresh))
         model.freeze_towers()  # loading makes new parameters, which want gradients
         return (model, report) if output_loading_info else model
+
+    @classmethod
+    def _new_heads(cls, model: PreTrainedModel, source: Any, options: dict[str, Any]) -> list[str]:
+        """Prefixes of the tensors of those heads that the checkpoint at `source` was saved without."""
+        located = {name: value for name, value in options.items() if name in HUB_OPTIONS}
+        saved = cls.config_class.get_config_dict(source, **located)[0]
+        before = cls.config_class(**saved).heads
+        heads = [head for head in model.config.heads if head not in before]
+        return [f"heads.{name}." for head in heads for name in (ATTRIBUTES if head == "attributes" else [head])]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token embeddings.
+
+        Raises:
+            NotImplementedError: a speech-only system has none.
+        """
+        base = self if isinstance(self, SailerModel) else self.sailer
+        if base.text_encoder is None:
+            raise NotImplementedError("This is a speech-only system: it embeds no tokens.")
+        return base.text_encoder.get_input_embeddings()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers'; the weights get the permissions of the configuration beside them (safetensors writes files
@@ -157,6 +199,7 @@ class SailerModel(SailerPreTrainedModel):
                 layer.train(mode)
         return self
 
+    @can_return_tuple
     def forward(
         self,
         input_features: torch.Tensor | None = None,
@@ -166,6 +209,7 @@ class SailerModel(SailerPreTrainedModel):
         text_attention_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
         text_hidden_states: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
     ) -> SailerModelOutput:
         """
         Args:
@@ -177,20 +221,30 @@ class SailerModel(SailerPreTrainedModel):
             audio_hidden_states: the audio tower's output instead of its input, (batch, frames, width), or (batch,
                 layers, frames, width) where layers are weighted; `attention_mask` is then over these frames.
             text_hidden_states: (batch, layers, width), means over each transcript's tokens, instead of input_ids.
+            output_hidden_states: also return the speech encoder's hidden states; the configuration's by default.
+            return_dict: False returns a tuple.
 
         Raises:
-            ValueError: the audio input that this tower needs is missing, or input_ids without a text tower.
+            ValueError: the audio input that this tower needs is missing, input_ids without a text tower, or hidden
+                states that are asked for where only the last ones were passed.
         """
+        weighted = self.config.audio_layers != "last"
+        collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if audio_hidden_states is None:
             audio = input_features if self.main_input_name == "input_features" else input_values
             if audio is None:
                 raise ValueError(f"This system needs {self.main_input_name} (or audio_hidden_states).")
-            states, mask = self.audio_hidden_states(audio, attention_mask)
+            states, mask = self.audio_hidden_states(audio, attention_mask, all_layers=weighted or collect)
+        elif collect and not weighted:
+            raise ValueError("output_hidden_states needs the audio: audio_hidden_states holds the last layer alone.")
         else:
             states, mask = audio_hidden_states, attention_mask
+        hidden_states = states.unbind(1) if collect else None
+        if collect and not weighted:
+            states = states[:, -1]
         dtype = self.audio_projection[0].weight.dtype
         states = states.to(dtype)
-        if self.config.audio_layers != "last":
+        if weighted:
             states = self.audio_layer_weights(states)
         if mask is None:
             mask = states.new_ones(states.shape[:2], dtype=torch.long)
@@ -211,20 +265,21 @@ class SailerModel(SailerPreTrainedModel):
             embeddings = torch.cat([embeddings, text], dim=-1)
         elif input_ids is not None or text_hidden_states is not None:
             raise ValueError("This is a speech-only system: it takes no input_ids.")
-        return SailerModelOutput(embeddings=embeddings)
+        return SailerModelOutput(embeddings=embeddings, hidden_states=hidden_states)
 
     def audio_hidden_states(
-        self, audio: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self, audio: torch.Tensor, attention_mask: torch.Tensor | None = None, all_layers: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The audio tower's part, which a frozen system may compute once per clip.
 
         Args:
             audio: input_features or input_values.
             attention_mask: over the frames or samples of `audio`.
+            all_layers: every layer's states; by default where layers are weighted.
 
         Returns:
-            states (batch, frames, width), or (batch, layers, frames, width) where layers are weighted; and the mask
-            (batch, frames) of each clip's own frames.
+            states (batch, frames, width), or (batch, layers, frames, width) of all layers; and the mask (batch,
+            frames) of each clip's own frames.
         """
         if attention_mask is None:
             attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
@@ -233,7 +288,7 @@ class SailerModel(SailerPreTrainedModel):
                 self.audio_encoder,
                 audio,
                 attention_mask,
-                all_layers=self.config.audio_layers != "last",
+                all_layers=self.config.audio_layers != "last" if all_layers is None else all_layers,
                 attend_to_padding=self.config.attend_to_padding,
             )
 
@@ -276,6 +331,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         text_encoder: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
+        config.check_labels()
         self.sailer = SailerModel(config, audio_encoder, text_encoder)
         self.main_input_name = self.sailer.main_input_name
         outputs = {"primary": config.num_labels, "secondary": len(config.secondary_labels), "sex": 2, "age": 1}
@@ -287,6 +343,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         self.heads = nn.ModuleDict(heads)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_features: torch.Tensor | None = None,
@@ -295,29 +352,42 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         text_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        secondary_labels: torch.Tensor | None = None,
-        attribute_labels: torch.Tensor | None = None,
-        sex_labels: torch.Tensor | None = None,
-        age_labels: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
         text_hidden_states: torch.Tensor | None = None,
         mixup_permutation: torch.Tensor | None = None,
         mixup_lambda: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **auxiliary_targets: torch.Tensor | None,
     ) -> SailerClassifierOutput:
         """
         Args:
             input_features, input_values, attention_mask, input_ids, text_attention_mask, audio_hidden_states,
                 text_hidden_states: see `SailerModel.forward`.
-            labels: (batch, labels) float distributions of primary votes; a row with NaN is unknown.
-            secondary_labels, attribute_labels, sex_labels, age_labels: accepted so that any Trainer may pass them;
-                the training objective over them is `sailer.training.losses.SailerObjective`.
+            labels: (batch, labels) float distributions of primary votes, a row with NaN is unknown; or (batch,) class
+                ids, -100 is unknown.
             mixup_permutation, mixup_lambda: (batch,) each: the embedding of clip i becomes lambda_i * e_i +
                 (1 - lambda_i) * e_permutation(i) (manifold mixup, https://arxiv.org/abs/1806.05236).
+            output_hidden_states, return_dict: see `SailerModel.forward`.
+            output_attentions: not to be had: the towers' fast attention keeps none.
+            auxiliary_targets: secondary_labels, attribute_labels, sex_labels and age_labels are taken so that any
+                Trainer may pass them; the training objective over them is `sailer.training.losses.SailerObjective`.
 
         Returns:
             `SailerClassifierOutput`; outputs without a head are None.
+
+        Raises:
+            ValueError: labels of another shape or outside the classes, or an output that cannot be had.
+            TypeError: an unknown argument (the message names the nearest).
         """
-        embeddings = self.sailer(
+        for name in auxiliary_targets:
+            if name not in AUXILIARY_LABELS:
+                known = [*inspect.signature(type(self).forward).parameters, *AUXILIARY_LABELS]
+                near = difflib.get_close_matches(name, known, 1)
+                raise TypeError(f"Unknown argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: call model.sailer.audio_encoder for its attentions.")
+        fused = self.sailer(
             input_features=input_features,
             input_values=input_values,
             attention_mask=attention_mask,
@@ -325,7 +395,10 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             text_attention_mask=text_attention_mask,
             audio_hidden_states=audio_hidden_states,
             text_hidden_states=text_hidden_states,
-        ).embeddings
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        embeddings = fused.embeddings
         if mixup_permutation is not None:
             share = mixup_lambda.to(embeddings.dtype).unsqueeze(1)
             embeddings = share * embeddings + (1 - share) * embeddings[mixup_permutation]
@@ -337,12 +410,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         if "age" in outputs:
             age = CENTURY * outputs["age"].squeeze(-1).sigmoid()
         logits = outputs.get("primary")
-        loss = None
-        if labels is not None and logits is not None:
-            known = ~labels.isnan().any(-1, keepdim=True)
-            targets = labels.nan_to_num()
-            divergence = torch.xlogy(targets, targets) - targets * logits.float().log_softmax(-1)
-            loss = (divergence * known).sum() / known.sum().clamp(min=1)
+        loss = None if labels is None or logits is None else plain_loss(logits, labels)
         return SailerClassifierOutput(
             loss=loss,
             logits=logits,
@@ -351,6 +419,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             sex_logits=outputs.get("sex"),
             age=age,
             embeddings=embeddings,
+            hidden_states=fused.hidden_states,
         )
 
     def probabilities(self, logits: torch.Tensor, prior: str = "balanced") -> torch.Tensor:

@@ -204,7 +204,7 @@ class SpeechEmotionPipeline(Pipeline):
         )
 
     def _forward(self, model_inputs: Mapping[str, torch.Tensor]) -> Any:
-        return self.model(**model_inputs)
+        return self.model(**model_inputs, output_hidden_states=False, return_dict=True)
 
     def postprocess(
         self,

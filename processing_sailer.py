@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -46,14 +48,20 @@ class SailerProcessor(ProcessorMixin):
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
         device: str | torch.device = "cpu",
+        padding: bool | str = True,
+        return_attention_mask: bool = True,
     ) -> BatchFeature:
         """
         Args:
-            audio: one waveform of shape (samples,) or (channels, samples), or a list of them.
+            audio: one waveform of shape (samples,) or (channels, samples), or anything else that `load_audio` reads (a
+                path, a URL, bytes, `{"array", "sampling_rate"}`), or a list of them.
             text: the transcript(s), one per waveform; "" where there is none.
-            sampling_rate: of the waveforms, in Hz; other rates than the extractor's are resampled.
+            sampling_rate: of the waveforms, in Hz; other rates than the extractor's are resampled. Files and dicts
+                have their own.
             return_tensors: "pt" or "np".
             device: where log-mel features are computed.
+            padding, return_attention_mask: taken because stock code passes them. A batch is padded as `audio_padding`
+                says and always has its mask, without which padding would change the results.
 
         Returns:
             `input_features` (batch, mels, frames) or `input_values` (batch, samples); `attention_mask` over the same
@@ -62,17 +70,24 @@ class SailerProcessor(ProcessorMixin):
 
         Raises:
             ValueError: no audio, a waveform that is empty, shorter than 0.1 s or not finite, a transcript that is not
-                a string, or another number of transcripts than of waveforms; the message names the position.
+                a string, another number of transcripts than of waveforms (the message names the position), or another
+                padding than the processor's, or none.
         """
+        usual = (True, self.audio_padding)
+        if padding not in usual:
+            raise ValueError(f"padding is {padding!r}; this processor pads to the {self.audio_padding}: leave it out.")
+        if not return_attention_mask:
+            raise ValueError("return_attention_mask is False, but without the mask padding would count as speech.")
         if audio is None:
             raise ValueError("No audio: pass audio=waveform or a list of waveforms.")
-        clips = self._waveforms(audio, sampling_rate)
+        clips, is_rate_known = self._waveforms(audio, sampling_rate)
+        rate = self.sampling_rate if is_rate_known else None  # without one the extractor warns
         if hasattr(self.feature_extractor, "hop_length"):
-            inputs = self._log_mel(clips, sampling_rate, device)
+            inputs = self._log_mel(clips, rate, device)
         else:
             inputs = self.feature_extractor(
                 clips,
-                sampling_rate=None if sampling_rate is None else self.sampling_rate,
+                sampling_rate=rate,
                 padding=True,
                 return_attention_mask=True,
                 return_tensors="pt",
@@ -114,11 +129,9 @@ class SailerProcessor(ProcessorMixin):
         return arguments
 
     def to_dict(self) -> dict[str, Any]:
-        tokenizer = self.__dict__.pop("tokenizer")
-        try:
-            return super().to_dict() | {"uses_text": tokenizer is not None}
-        finally:
-            self.tokenizer = tokenizer
+        without = copy.copy(self)  # reading must change nothing: other threads use this processor
+        del without.tokenizer
+        return super(SailerProcessor, without).to_dict() | {"uses_text": self.tokenizer is not None}
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
@@ -130,21 +143,27 @@ class SailerProcessor(ProcessorMixin):
             files += self.tokenizer.save_pretrained(save_directory)
         return files + super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def _waveforms(self, audio: Any, sampling_rate: int | None) -> list[np.ndarray]:
-        is_list = isinstance(audio, (list, tuple)) and len(audio) > 0 and np.ndim(audio[0]) > 0
+    def _waveforms(self, audio: Any, sampling_rate: int | None) -> tuple[list[np.ndarray], bool]:
+        """The clips at the extractor's rate, and whether each one's own rate was told."""
+        is_list = isinstance(audio, (list, tuple)) and len(audio) > 0 and not _is_number(audio[0])
         clips = list(audio) if is_list else [audio]
         rate = sampling_rate or self.sampling_rate
-        waveforms = []
+        waveforms, is_rate_known = [], True
         for position, clip in enumerate(clips):
             name = f"clip {position} of {len(clips)}"
-            waveform = load_audio({"array": clip, "sampling_rate": rate}, self.sampling_rate, name=name)
+            if isinstance(clip, (str, os.PathLike)):
+                name += f" ({os.fspath(clip)})"
+            elif not isinstance(clip, (Mapping, bytes, bytearray)):
+                clip = {"array": clip, "sampling_rate": rate}
+                is_rate_known = sampling_rate is not None
+            waveform = load_audio(clip, self.sampling_rate, name=name)
             seconds = len(waveform) / self.sampling_rate
             if seconds < MINIMUM_SECONDS:
                 raise ValueError(
                     f"{name} is {1000 * seconds:.0f} ms long; at least {1000 * MINIMUM_SECONDS:.0f} ms are needed."
                 )
             waveforms.append(waveform)
-        return waveforms
+        return waveforms, is_rate_known
 
     def _log_mel(self, clips: list[np.ndarray], sampling_rate: int | None, device: str | torch.device) -> dict:
         extractor = self.feature_extractor
@@ -157,7 +176,7 @@ class SailerProcessor(ProcessorMixin):
             clips = [np.pad(clip, (0, TAIL_HOPS * extractor.hop_length)) for clip in clips]
         features = extractor(
             clips,
-            sampling_rate=None if sampling_rate is None else self.sampling_rate,
+            sampling_rate=sampling_rate,
             return_tensors="pt",
             device=str(device),
             **padding,
@@ -180,6 +199,10 @@ class SailerProcessor(ProcessorMixin):
         tokens = self.tokenizer(transcripts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         spoken = torch.tensor([[bool(transcript.strip())] for transcript in transcripts])
         return {"input_ids": tokens["input_ids"], "text_attention_mask": tokens["attention_mask"] * spoken}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Number) or getattr(value, "ndim", None) == 0
 
 
 SailerProcessor.register_for_auto_class()

@@ -128,7 +128,7 @@ class SailerTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in targets and name != CONSENSUS}
         if model.training and self.manifold_mixup:
             inputs, targets = self._mix_up(inputs, targets)
-        outputs = model(**inputs)
+        outputs = model(**inputs, output_hidden_states=False, return_dict=True)
         self.objective.train(model.training)
         losses = self.objective(outputs, targets)
         if model.training:
@@ -183,7 +183,7 @@ class SailerTrainer(Trainer):
         targets = {name: inputs[name] for name in (*TARGETS, CONSENSUS) if name in inputs}
         model_inputs = {name: value for name, value in inputs.items() if name not in targets}
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**model_inputs)
+            outputs = model(**model_inputs, output_hidden_states=False, return_dict=True)
         predictions = {name: value.float() for name, value in outputs.items() if name not in ("loss", "embeddings")}
         return None, predictions, targets
 
