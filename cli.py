@@ -76,7 +76,7 @@ def predict(command: argparse.Namespace) -> Path | int | None:
 def convert(command: argparse.Namespace) -> Path:
     """Convert a checkpoint in the authors' format."""
     return _from("hub.conversion", "convert")(
-        command.source, command.destination, audio_backbone=command.audio_backbone
+        command.source, command.destination, audio_backbone=command.audio_backbone, lora=command.lora
     )
 
 
@@ -167,10 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
     added.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ...; as saved by default")
 
-    added = add(convert, "convert SRC DST [--audio_backbone DIR]")
+    added = add(convert, "convert SRC DST [--audio_backbone DIR] [--lora MODE]")
     added.add_argument("source", metavar="SRC", help="folder or Hub id")
     added.add_argument("destination", type=Path, metavar="DST", help="folder to write")
     added.add_argument("--audio_backbone", metavar="DIR", help="backbone, where it is not the released one")
+    added.add_argument(
+        "--lora",
+        choices=("auto", "merged", "unmerged"),
+        default="auto",
+        help="whether the weights hold their LoRA factors",
+    )
 
     added = add(data, "data NAME [DIR] [--output_dir DIR] [--option value ...]", _corpus_help)
     added.add_argument("name", metavar="NAME", help="the corpus")

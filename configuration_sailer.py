@@ -1,9 +1,11 @@
 """SailerConfig: two backbones, the fusion head's shape, the label set, and what the scores mean (paper, section 2)."""
 
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 PRIMARY_LABELS = ("Angry", "Contempt", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise", "Other")
@@ -30,6 +32,16 @@ AUTO_MAP = {
     "AutoModelForAudioClassification": "modeling_sailer.SailerForAudioClassification",
     "AutoProcessor": "processing_sailer.SailerProcessor",
 }
+# What whoever loads a saved system needs, as the package itself asks for it (setup.cfg).
+REQUIREMENTS = (
+    *("torch>=2.6", "transformers>=5.17,<6", "numpy>=2.0", "safetensors>=0.5"),
+    *("soundfile>=0.13", "librosa>=0.11,<1"),
+)
+# Of a backbone's configuration, where it has them: whole numbers from 1.
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "encoder_ffn_dim"),
+    *("vocab_size", "num_mel_bins", "max_source_positions"),
+)
 CUSTOM_PIPELINES = {
     "audio-classification": {
         "impl": "pipeline_sailer.SpeechEmotionPipeline",
@@ -111,6 +123,11 @@ class SailerConfig(PretrainedConfig):
         text_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        lists = {"heads": heads, "labels": labels, "majority_labels": majority_labels, "scored_labels": scored_labels}
+        lists |= {"secondary_labels": secondary_labels, "sex_labels": sex_labels}
+        for option, value in lists.items():
+            if isinstance(value, str) or not isinstance(value, Sequence | None):
+                raise ValueError(f"{option} is {value!r}; give a list of names.")
         self.audio_config = _sub_config("audio_config", audio_config)
         self.text_config = _sub_config("text_config", text_config)
         self.audio_layers = audio_layers
@@ -128,8 +145,8 @@ class SailerConfig(PretrainedConfig):
         self.max_seconds = max_seconds
         self.sampling_rate = sampling_rate
         self.target_weighting = target_weighting
-        self.label_weights = None if label_weights is None else [float(value) for value in label_weights]
-        self.label_prior = None if label_prior is None else [float(value) for value in label_prior]
+        self.label_weights = _shares("label_weights", label_weights)
+        self.label_prior = _shares("label_prior", label_prior)
         self.calibration_temperature = calibration_temperature
         self.text_dropout = text_dropout
 
@@ -146,6 +163,7 @@ class SailerConfig(PretrainedConfig):
             majority_labels if majority_labels is not None else [x for x in MAJORITY_LABELS if x in names]
         )
         self.scored_labels = list(scored_labels if scored_labels is not None else [x for x in names if x != "Other"])
+        self._check_numbers()
         self._check(heads, names)
 
         # Always this folder's own code: a name that a loader prefixed with a repository must not be saved again.
@@ -181,14 +199,31 @@ class SailerConfig(PretrainedConfig):
             unknown = [item for item in value if item not in allowed]
             if unknown:
                 raise ValueError(f"{option}: unknown {unknown}; choose from {list(allowed)}.")
+        if len(self.sex_labels) != 2:
+            raise ValueError(f"sex_labels names {len(self.sex_labels)} classes {self.sex_labels}; the head has two.")
+        if not self.secondary_labels:
+            raise ValueError("secondary_labels is empty; leave it out for the seventeen of MSP-Podcast.")
         if not self.heads:
             raise ValueError(f"heads is empty: a system needs at least one of {list(HEADS)}.")
         self.check_labels(names)
-        if not isinstance(self.frame_pooling, int) or self.frame_pooling < 1:
-            raise ValueError(f"frame_pooling is a whole number from 1, got {self.frame_pooling!r}.")
         self._check_trainable_layers()
-        if not self.calibration_temperature > 0:
-            raise ValueError(f"calibration_temperature must be positive, got {self.calibration_temperature}.")
+
+    def _check_numbers(self) -> None:
+        for option in ("hidden_size", "frame_pooling", "sampling_rate"):
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{option} is a whole number from 1, got {value!r}.")
+        for option in ("max_seconds", "calibration_temperature"):
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{option} must be positive and finite, got {value!r}.")
+        for option in ("conv_dropout", "text_dropout"):
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{option} is a share from 0 to 1, got {value!r}.")
+        for option in ("frame_norm", "freeze_audio", "freeze_text", "attend_to_padding"):
+            if not isinstance(getattr(self, option), bool):
+                raise ValueError(f"{option} is true or false, got {getattr(self, option)!r}.")
 
     def check_labels(self, names: list[str] | None = None) -> None:
         """See that all that depends on the labels fits them, also where `id2label` was set on the object.
@@ -247,13 +282,34 @@ def _relabelled(saved: dict[str, Any], naming: dict[str, Any]) -> dict[str, Any]
     return {name: value for name, value in saved.items() if name not in dropped} | {"labels": list(labels)}
 
 
+def _shares(option: str, values: Sequence[float] | None) -> list[float] | None:
+    if values is None:
+        return None
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{option} is {values!r}; give a list of numbers, one per label.") from error
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        raise ValueError(f"{option} is {numbers}; every value must be finite and 0 or more.")
+    return numbers
+
+
 def _sub_config(name: str, config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:
-    if config is None or isinstance(config, PretrainedConfig):
-        return config
-    config = dict(config)
-    if "model_type" not in config:
-        raise ValueError(f"{name} has no model_type; pass the backbone's configuration or its to_dict().")
-    return AutoConfig.for_model(config.pop("model_type"), **config)
+    if config is None:
+        return None
+    if not isinstance(config, PretrainedConfig):
+        if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
+            raise ValueError(f"{name} has no model_type; pass the backbone's configuration or its to_dict().")
+        config = dict(config)
+        try:
+            config = AutoConfig.for_model(config.pop("model_type"), **config)
+        except StrictDataclassError as error:
+            raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+    for size in SIZES:
+        value = getattr(config, size, None)
+        if isinstance(value, int) and value < 1:  # other types are refused above
+            raise ValueError(f"{name}: {config.attribute_map.get(size, size)} is {value!r}, a whole number from 1.")
+    return config
 
 
 SailerConfig.register_for_auto_class()

@@ -141,7 +141,7 @@ def load_encoder(source: str | os.PathLike, attn_implementation: str | None) -> 
     """
     advice = "Give a Hub id or a folder with config.json and model.safetensors (pickled weights are refused)."
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         encoder_class = _encoder_class(config)
         options = _encoder_options(encoder_class)
         if config.model_type == "whisper":

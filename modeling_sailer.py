@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_sailer import ATTRIBUTES, SailerConfig
+from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig
 from .encoders_sailer import all_hidden_states, build_encoder, encode_audio, load_encoder, transformer_layers
 from .layers_sailer import AudioProjection, LayerWeights, PredictionHead, masked_mean, plain_loss, pool_frames
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
@@ -132,9 +132,11 @@ class SailerPreTrainedModel(PreTrainedModel):
         return base.text_encoder.get_input_embeddings()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As transformers'; the weights get the permissions of the configuration beside them (safetensors writes files
-        that nobody else can read)."""
+        """As transformers', with a requirements.txt of what loading takes. The weights get the permissions of the
+        configuration beside them (safetensors writes files that nobody else can read)."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        with open(os.path.join(save_directory, "requirements.txt"), "w", encoding="utf-8") as file:
+            file.writelines(f"{requirement}\n" for requirement in REQUIREMENTS)
         usual = os.path.join(save_directory, "config.json")
         for name in os.listdir(save_directory):
             if name.endswith(".safetensors") and os.path.isfile(usual):

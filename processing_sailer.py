@@ -121,11 +121,19 @@ class SailerProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        if (processor_dict or {}).get("uses_text"):
-            # The tokenizer's own file names its class: a bare configuration keeps it from asking to run ours.
-            kwargs["config"] = PretrainedConfig()
-            arguments.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        # Whoever trusts this folder's processor trusts our code: parts of it come from known classes alone.
+        kwargs["trust_remote_code"] = False
+        try:
+            arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+            if (processor_dict or {}).get("uses_text"):
+                # The tokenizer's own file names its class: a bare configuration keeps it from asking to run ours.
+                kwargs["config"] = PretrainedConfig()
+                arguments.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
+        except ValueError as error:
+            raise ValueError(
+                f"The feature extractor or tokenizer of {pretrained_model_name_or_path} is of no class known to "
+                f"transformers; code of its own is not run: {error}"
+            ) from error
         return arguments
 
     def to_dict(self) -> dict[str, Any]:

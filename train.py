@@ -213,8 +213,8 @@ def load_system(
         scored_labels=label_set.scored,
         **model_settings.config_options(),
     )
-    tokenizer = None if text is None else AutoTokenizer.from_pretrained(text)
-    return model, SailerProcessor(AutoFeatureExtractor.from_pretrained(audio), tokenizer)
+    tokenizer = None if text is None else AutoTokenizer.from_pretrained(text, trust_remote_code=False)
+    return model, SailerProcessor(AutoFeatureExtractor.from_pretrained(audio, trust_remote_code=False), tokenizer)
 
 
 def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str | Path | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
@@ -39,6 +40,7 @@ PARTS = {
 LORA_LAYERS = {"whisper": ("fc1", "fc2"), "wavlm": ("feed_forward.intermediate_dense", "feed_forward.output_dense")}
 # Weight normalisation had other names before torch's parametrizations.
 OLD_NAMES = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+LORA = ("auto", "merged", "unmerged")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -46,12 +48,17 @@ class ConversionError(ValueError):
     """A checkpoint that cannot be converted; the message names the file or tensor and the way out."""
 
 
-def convert(source: str | os.PathLike, destination: str | os.PathLike, audio_backbone: str | None = None) -> Path:
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    audio_backbone: str | None = None,
+    lora: str = "auto",
+) -> Path:
     """Convert a released checkpoint.
 
     LoRA is merged into the weights: loralib does so by itself in eval mode, so a checkpoint that was saved in that
-    mode holds merged weights beside the factors, and they are taken as they are (see `_merged`). Whisper models keep
-    their 15 s of padding: the processor pads or cuts every clip to it, the encoder attends to the padding and the
+    mode holds merged weights beside the factors, and they are taken as they are (see `_are_merged`). Whisper models
+    keep their 15 s of padding: the processor pads or cuts every clip to it, the encoder attends to the padding and the
     pooling does not. The order of the 17 secondary classes is not published, so they are called secondary_0 to
     secondary_16. Attributes-only models get the attribute heads alone.
 
@@ -61,23 +68,31 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, audio_bac
         audio_backbone: folder, JSON file or Hub id with the backbone's configuration. By default that of
             `backbone_config.json` beside the checkpoint, else the one that the checkpoint names (whisper-large-v3 and
             wavlm-large ship with this package).
+        lora: whether the checkpoint's matrices hold their LoRA factors already, "merged" or "unmerged"; "auto" sees
+            for itself.
 
     Returns:
         The destination.
 
     Raises:
         ConversionError: not such a checkpoint, weights that are missing, truncated or pickled, a tensor that is
-            missing, left over or of another shape, an unknown backbone, or a destination with files in it.
+            missing, left over, not finite or of another shape, an unknown backbone, a setting that no checkpoint can
+            have, or a destination with files in it or that cannot be written.
     """
+    if lora not in LORA:
+        raise ConversionError(f"lora is {lora!r}; choose one of {list(LORA)}.")
     destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConversionError(f"{destination} exists and is not an empty folder; choose another destination.")
+    _check_destination(destination)
     folder = _checkpoint_folder(source)
     settings = _read_settings(folder)
-    config = _system_config(settings, _backbone_config(folder, settings, audio_backbone))
+    backbone = _backbone_config(folder, settings, audio_backbone)
+    try:
+        config = _system_config(settings, backbone)
+    except ValueError as error:
+        raise ConversionError(f"{folder}: {error}") from error
     with torch.device("meta"):
         model = SailerForAudioClassification(config)
-    model.load_state_dict(_read_tensors(folder, settings, model), assign=True)
+    model.load_state_dict(_read_tensors(folder, settings, model, lora), assign=True)
 
     with replacing_folder(destination) as folder:
         model.save_pretrained(folder)
@@ -99,6 +114,18 @@ def packaged_config(name: str) -> PretrainedConfig:
         known = sorted(path.stem for path in BACKBONE_CONFIGS.glob("*.json"))
         raise ValueError(f"No configuration called {name!r} ships with this package; there are {known}.")
     return AutoConfig.from_pretrained(path)
+
+
+def _check_destination(destination: Path) -> None:
+    """Before the work: whether the folder can be made where it is wanted."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConversionError(f"{destination} exists and is not an empty folder; choose another destination.")
+    try:
+        with replacing_folder(destination):
+            pass
+        destination.rmdir()
+    except OSError as error:
+        raise ConversionError(f"{destination} cannot be written ({error.strerror}); choose another place.") from error
 
 
 def _checkpoint_folder(source: str | os.PathLike) -> Path:
@@ -128,9 +155,17 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConversionError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConversionError(f"{path} holds no settings by name: it is not a checkpoint in the authors' format.")
     missing = [name for name in ("pretrain_model", "hidden_dim", "output_class_num") if name not in settings]
     if missing:
         raise ConversionError(f"{path} has no {missing}: it is not a checkpoint in the authors' format.")
+    for name in ("hidden_dim", "output_class_num", "detailed_class_num", "lora_rank"):
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConversionError(f"{path}: {name} is {value!r}; it is a whole number from 1.")
+    if not isinstance(settings["pretrain_model"], str):
+        raise ConversionError(f"{path}: pretrain_model is {settings['pretrain_model']!r}; it is a backbone's name.")
     return settings
 
 
@@ -138,9 +173,9 @@ def _backbone_config(folder: Path, settings: dict[str, Any], audio_backbone: str
     beside = Path(audio_backbone or folder) / "backbone_config.json"
     try:
         if beside.is_file():
-            config = AutoConfig.from_pretrained(beside)
+            config = AutoConfig.from_pretrained(beside, trust_remote_code=False)
         elif audio_backbone is not None:
-            config = AutoConfig.from_pretrained(audio_backbone)
+            config = AutoConfig.from_pretrained(audio_backbone, trust_remote_code=False)
         elif settings["pretrain_model"] in RELEASED_BACKBONES:
             config = packaged_config(RELEASED_BACKBONES[settings["pretrain_model"]])
         else:
@@ -148,7 +183,7 @@ def _backbone_config(folder: Path, settings: dict[str, Any], audio_backbone: str
                 f"The configuration of backbone {settings['pretrain_model']!r} does not ship with this package (those "
                 f"of {sorted(RELEASED_BACKBONES)} do); name its folder or Hub id with --audio_backbone."
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         if isinstance(error, ConversionError):
             raise
         raise ConversionError(
@@ -195,7 +230,7 @@ def _processor(config: SailerConfig) -> SailerProcessor:
 
 
 def _read_tensors(
-    folder: Path, settings: dict[str, Any], model: SailerForAudioClassification
+    folder: Path, settings: dict[str, Any], model: SailerForAudioClassification, lora: str
 ) -> dict[str, torch.Tensor]:
     """Our model's state, in float32, from their file; every tensor of it is accounted for."""
     path = folder / "model.safetensors"
@@ -206,9 +241,11 @@ def _read_tensors(
         with safe_open(path, framework="pt") as file:
             stored = {_modern_name(name): name for name in file.keys()}  # noqa: SIM118 - not a dict
             _check_names(path, stored, {*sources.values(), *adapted}, settings, model.config)
-            state = {}
+            state, factors = {}, {}
             for name, source in sources.items():
                 tensor = file.get_tensor(stored[source]).float()
+                if not tensor.isfinite().all():
+                    raise ConversionError(f"{path}: tensor {source} holds values that are not finite (NaN, infinity).")
                 if source == "embed_positions":
                     tensor = tensor[:WHISPER_POSITIONS]
                 if tuple(tensor.shape) != shapes[name]:
@@ -216,10 +253,14 @@ def _read_tensors(
                         f"{path}: tensor {source} has shape {tuple(tensor.shape)} where {shapes[name]} is expected; "
                         "is the backbone the right one (--audio_backbone)?"
                     )
-                lora = source.removesuffix("weight") + "lora_"
-                if lora + "A" in adapted:
-                    tensor = _merged(tensor, *(file.get_tensor(stored[lora + side]).float() for side in "AB"))
                 state[name] = tensor
+                pair = [source.removesuffix("weight") + f"lora_{side}" for side in "AB"]
+                if pair[0] in adapted:
+                    down, up = (file.get_tensor(stored[side]).float() for side in pair)
+                    # loralib's scaling is alpha / rank, and alpha is 1.
+                    factors[name] = up @ down / len(down)
+            if factors and not (lora == "merged" or (lora == "auto" and _are_merged(state, factors, path))):
+                state |= {name: state[name] + update for name, update in factors.items()}
             return state
     except SafetensorError as error:
         raise ConversionError(
@@ -227,14 +268,30 @@ def _read_tensors(
         ) from error
 
 
-def _merged(weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """weight + up @ down / rank (loralib's scaling is alpha / rank, and alpha is 1), unless that was done already.
+def _are_merged(weights: dict[str, torch.Tensor], factors: dict[str, torch.Tensor], path: Path) -> bool:
+    """Whether matrices W hold their LoRA updates D = B A / rank already.
 
-    Whisper is published in half precision. A matrix that is still exact in it is the backbone's own; one that is not
-    was saved after merging, and adding the factors again would count them twice.
+    The share of D in W is estimated by projecting all matrices at once: sum <W, D> / sum <D, D> is about 1 where W is
+    W0 + D, and about 0 where it is W0, which does not know D. Its standard error under independent entries of W0 is
+    the root mean square of W over the norm of D; where it is large, or the share near neither, a warning says so.
     """
-    is_backbones_own = (weight - weight.half().float()).norm() < 1e-5 * weight.norm()
-    return weight + up @ down / len(down) if is_backbones_own else weight
+    projected = sum(float((weights[name].double() * update).sum()) for name, update in factors.items())
+    energy = sum(float(update.double().square().sum()) for update in factors.values())
+    if energy == 0:
+        return True  # updates of zero: merging changes nothing
+    entries = sum(weights[name].numel() for name in factors)
+    power = sum(float(weights[name].double().square().sum()) for name in factors) / entries
+    share, error = projected / energy, (power / energy) ** 0.5
+    merged = share > 0.5
+    told = f"{path}: the weights hold {share:.2f} ± {error:.2f} of the LoRA factors (0: not merged, 1: merged)"
+    if error > 0.2 or min(abs(share), abs(share - 1)) > 0.3:
+        logger.warning(
+            "%s, which is not clear; taken as %s. Say --lora merged or --lora unmerged if you know.",
+            *(told, "merged" if merged else "unmerged"),
+        )
+    else:
+        logger.info("%s.", told)
+    return merged
 
 
 def _source_name(name: str, config: SailerConfig) -> str:

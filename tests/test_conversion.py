@@ -1,6 +1,7 @@
 """Released checkpoints give the numbers that the authors' code gave, and nothing is converted on a guess."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,18 +91,132 @@ def test_a_clip_of_twenty_seconds_is_cut_as_theirs_is(reference: Path, tmp_path:
     assert torch.equal(long, cut)
 
 
-def test_lora_of_an_untouched_backbone_is_merged(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    # Whisper's own weights are exact in half precision, as they were published.
-    name = "backbone_model.encoder.layers.3.fc1."
+def adapted(tensors: dict) -> list[tuple[str, torch.Tensor]]:
+    """Names of the matrices that have LoRA factors, each with its update B A / rank."""
+    names = [name.removesuffix("lora_A") for name in tensors if name.endswith("lora_A")]
+    return [(f"{name}weight", tensors[f"{name}lora_B"] @ tensors[f"{name}lora_A"] / 16) for name in names]
 
-    def untouched(tensors: dict) -> None:
-        tensors[name + "weight"] = tensors[name + "weight"].half().float()
 
-    folder = checkpoint("whisper_lora", untouched)
-    tensors = load_file(folder / "model.safetensors")
-    model, _ = load(convert(folder, tmp_path / "converted"))
-    expected = tensors[name + "weight"] + tensors[name + "lora_B"] @ tensors[name + "lora_A"] / 16
-    torch.testing.assert_close(model.sailer.audio_encoder.layers[3].fc1.weight.data, expected)
+def unmerge(tensors: dict) -> None:
+    for name, update in adapted(tensors):
+        tensors[name] = tensors[name] - update
+
+
+def cast(tensors: dict) -> None:
+    for name, _ in adapted(tensors):
+        tensors[name] = tensors[name].half()
+
+
+def unmerge_and_cast(tensors: dict) -> None:
+    unmerge(tensors)
+    cast(tensors)
+
+
+@pytest.mark.parametrize("change", [lambda tensors: None, cast, unmerge, unmerge_and_cast])
+def test_lora_counts_once_however_it_was_saved(
+    change: Callable[[dict], None], checkpoint: Callable[..., Path], reference: Path, tmp_path: Path
+) -> None:
+    merged = load_file(reference / "whisper_lora" / "model.safetensors")
+    model, _ = load(convert(checkpoint("whisper_lora", change), tmp_path / "converted"))
+    ours = model.state_dict()
+    found = 0
+    for name, update in adapted(merged):
+        weight = ours[name.replace("backbone_model.encoder.", "sailer.audio_encoder.")]
+        torch.testing.assert_close(weight, merged[name], atol=1e-3 * update.abs().max().item(), rtol=1e-3)
+        found += 1
+    assert found == 2
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_lora_of_wavlm(is_merged: bool, checkpoint: Callable[..., Path], tmp_path: Path, caplog) -> None:
+    generator = torch.Generator().manual_seed(0)
+    expected = {}
+
+    def adapt(tensors: dict) -> None:
+        layers = {name.split(".")[3] for name in tensors if name.startswith("backbone_model.encoder.layers.")}
+        for index in range(len(layers) // 2 + 1, len(layers)):
+            for matrix in ("intermediate_dense", "output_dense"):
+                name = f"backbone_model.encoder.layers.{index}.feed_forward.{matrix}."
+                rows, columns = tensors[f"{name}weight"].shape
+                tensors[f"{name}lora_A"] = torch.randn(16, columns, generator=generator)
+                tensors[f"{name}lora_B"] = torch.randn(rows, 16, generator=generator)
+                expected[name] = tensors[f"{name}weight"] + tensors[f"{name}lora_B"] @ tensors[f"{name}lora_A"] / 16
+                if is_merged:
+                    tensors[f"{name}weight"] = expected[name]
+
+    folder = checkpoint("wavlm_finetune", adapt, finetune_method="lora", lora_rank=16)
+    with caplog.at_level("INFO", logger="sailer"):
+        model, _ = load(convert(folder, tmp_path / "converted"))
+    assert expected
+    for name, weight in expected.items():
+        ours = model.state_dict()[name.replace("backbone_model.", "sailer.audio_encoder.") + "weight"]
+        torch.testing.assert_close(ours, weight)
+    share = r"1\.\d\d|0\.9\d" if is_merged else r"-?0\.0\d"
+    assert re.search(rf"hold ({share}) ± 0\.0\d", caplog.text) and "not clear" not in caplog.text
+
+
+def test_lora_that_cannot_be_told_is_said_and_can_be_told(
+    checkpoint: Callable[..., Path], reference: Path, tmp_path: Path, caplog
+) -> None:
+    folder = checkpoint("whisper_lora")
+    name, update = adapted(load_file(folder / "model.safetensors"))[0]
+    weights = {}
+    for mode in ("auto", "merged", "unmerged"):
+        caplog.clear()
+        model, _ = load(convert(folder, tmp_path / mode, lora=mode))
+        assert ("--lora merged or --lora unmerged" in caplog.text) == (mode == "auto")
+        weights[mode] = model.state_dict()[name.replace("backbone_model.encoder.", "sailer.audio_encoder.")]
+    torch.testing.assert_close(weights["unmerged"], weights["merged"] + update)
+    with pytest.raises(ConversionError, match=r"lora is 'maybe'.*unmerged"):
+        convert(folder, tmp_path / "other", lora="maybe")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden_dim": None}, "hidden_dim is None"),
+        ({"hidden_dim": -8}, "hidden_dim is -8"),
+        ({"hidden_dim": "many"}, "hidden_dim is 'many'"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"output_class_num": 9.5}, r"output_class_num is 9\.5"),
+        ({"pretrain_model": 3}, "pretrain_model is 3"),
+    ],
+)
+def test_settings_that_no_checkpoint_can_have(
+    settings: dict, message: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConversionError, match=rf"config\.json: {message}"):
+        convert(checkpoint("whisper_lora", **settings), tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    "change", [{"d_model": None}, {"d_model": -48}, {"d_model": "wide"}, {"num_mel_bins": 0}, {"encoder_ffn_dim": 0}]
+)
+def test_backbone_sizes_that_cannot_be(change: dict, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("whisper_frozen")
+    config = json.loads((folder / "backbone_config.json").read_text())
+    (folder / "backbone_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConversionError, match=next(iter(change))):
+        convert(folder, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
+
+
+def test_settings_that_are_no_mapping(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = checkpoint("whisper_frozen")
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ConversionError, match="no settings by name"):
+        convert(folder, tmp_path / "converted")
+
+
+def test_an_impossible_destination_fails_before_the_work(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sailer.hub.conversion._read_tensors", lambda *_: pytest.fail("the work was begun"))
+    for place in (tmp_path / "file" / "below", Path("/proc/sailer/converted")):
+        with pytest.raises(ConversionError, match=r"cannot be written.*choose another place"):
+            convert(checkpoint("whisper_frozen"), place)
+        shutil.rmtree(tmp_path / "whisper_frozen")
 
 
 @pytest.mark.parametrize(
