@@ -93,7 +93,7 @@ def test_convert_and_push(calls: list, capsys: pytest.CaptureFixture) -> None:
     assert main(["convert", "me/theirs", "mine", "--audio_backbone", "b"]) == 0
     assert main(["push", "mine", "me/it", "--private"]) == 0
     assert calls == [
-        ("convert", ("me/theirs", Path("mine")), {"audio_backbone": "b"}),
+        ("convert", ("me/theirs", Path("mine")), {"audio_backbone": "b", "lora": "auto"}),
         ("push", (Path("mine"), "me/it"), {"private": True}),
     ]
     assert capsys.readouterr().out.splitlines() == ["Result: converted", "Result: https://huggingface.co/me/it"]
