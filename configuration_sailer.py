@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ REQUIREMENTS = (
     *("torch>=2.6", "transformers>=5.17,<6", "numpy>=2.0", "safetensors>=0.5"),
     *("soundfile>=0.13", "librosa>=0.11,<1"),
 )
+PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 # Of a backbone's configuration, where it has them: whole numbers from 1.
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "encoder_ffn_dim"),
@@ -262,6 +264,18 @@ class SailerConfig(PretrainedConfig):
         if not isinstance(trainable, int) or trainable < 1 or (layers is not None and trainable > layers):
             there = "" if layers is None else f" to {layers}, which this encoder has"
             raise ValueError(f"trainable_audio_layers is a whole number from 1{there}; got {trainable!r}.")
+
+
+def take_push_options(save_directory: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Of `save_pretrained`'s options, taken out of them: what `push_to_hub` is to be called with afterwards, or None.
+
+    transformers' own `save_pretrained(push_to_hub=True)` uploads before all of our files are written.
+    """
+    wanted = options.pop("push_to_hub", False)
+    push = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
+    if not wanted:
+        return None
+    return {"repo_id": os.path.basename(os.path.abspath(save_directory))} | push
 
 
 def _relabelled(saved: dict[str, Any], naming: dict[str, Any]) -> dict[str, Any]:

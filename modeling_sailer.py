@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig
+from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig, take_push_options
 from .encoders_sailer import all_hidden_states, build_encoder, encode_audio, load_encoder, transformer_layers
 from .layers_sailer import AudioProjection, LayerWeights, PredictionHead, masked_mean, plain_loss, pool_frames
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
@@ -134,6 +134,7 @@ class SailerPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers', with a requirements.txt of what loading takes. The weights get the permissions of the
         configuration beside them (safetensors writes files that nobody else can read)."""
+        push = take_push_options(save_directory, kwargs)
         super().save_pretrained(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, "requirements.txt"), "w", encoding="utf-8") as file:
             file.writelines(f"{requirement}\n" for requirement in REQUIREMENTS)
@@ -141,6 +142,8 @@ class SailerPreTrainedModel(PreTrainedModel):
         for name in os.listdir(save_directory):
             if name.endswith(".safetensors") and os.path.isfile(usual):
                 shutil.copymode(usual, os.path.join(save_directory, name))
+        if push is not None:
+            self.push_to_hub(**push, token=kwargs.get("token"))
 
     def freeze_towers(self) -> None:
         """Take the gradients off what the configuration freezes of the towers."""

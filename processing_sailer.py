@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, ProcessorMixin
 
 from .audio_sailer import MINIMUM_SECONDS, load_audio
+from .configuration_sailer import take_push_options
 
 # The log-mel's last frames see what follows the clip (an STFT window, then two convolutions of width 3): two more
 # hops of silence make that the same whether the clip is alone or beside a longer one.
@@ -141,15 +142,18 @@ class SailerProcessor(ProcessorMixin):
         del without.tokenizer
         return super(SailerProcessor, without).to_dict() | {"uses_text": self.tokenizer is not None}
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+        """As transformers', the tokenizer with it; `push_to_hub=True` uploads all of it."""
+        push = take_push_options(save_directory, kwargs)
         files: list[str] = []
         if self.tokenizer is not None:
             # Recorded by a tokenizer that was loaded offline; it would keep others from the Hub.
             self.tokenizer.init_kwargs.pop("local_files_only", None)
             files += self.tokenizer.save_pretrained(save_directory)
-        return files + super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        files += super().save_pretrained(save_directory, **kwargs)
+        if push is not None:
+            self.push_to_hub(**push, token=kwargs.get("token"))
+        return files
 
     def _waveforms(self, audio: Any, sampling_rate: int | None) -> tuple[list[np.ndarray], bool]:
         """The clips at the extractor's rate, and whether each one's own rate was told."""

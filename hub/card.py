@@ -17,7 +17,10 @@ from sailer.atomic import replacing
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+    from sailer.configuration_sailer import SailerConfig
+
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md.jinja"
+CONVERTED_TEMPLATE = CARD_TEMPLATE.with_name("converted.md.jinja")
 CARD_TAGS = ("speech-emotion-recognition", "emotion", "sailer")
 # What the card's metadata calls each figure of the report: the Hub's name of the metric, and the one it shows.
 CARD_METRICS = {
@@ -65,7 +68,7 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
         ValueError: a fact that the card needs is missing; the message names it.
     """
     from huggingface_hub import ModelCardData
-    from jinja2 import Environment, StrictUndefined, UndefinedError
+    from jinja2 import UndefinedError
 
     optional = {
         "synthetic": False,
@@ -76,8 +79,6 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
         "license": "apache-2.0",
     }
     facts = optional | environment_facts() | dict(facts)
-    template = CARD_TEMPLATE.read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     try:
         backbones = (facts["audio_backbone"], facts["text_backbone"])
         card_data = ModelCardData(
@@ -98,9 +99,39 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
         }
         facts["statistics_table"] = _statistics_table(facts["statistics"])
         facts["versions"] = [" ".join(item) for item in facts["versions"].items()]
-        text = environment.from_string(template).render(facts)
+        return _render(CARD_TEMPLATE, facts, path)
     except (KeyError, UndefinedError) as error:
         raise ValueError(f"The model card lacks a fact: {error}.") from error
+
+
+def render_converted_card(source: str, config: SailerConfig, name: str, path: str | Path) -> Path:
+    """Write the card of a converted checkpoint.
+
+    Args:
+        source: the Hub id that it was, or its folder's name.
+        config: the system's configuration.
+        name: the folder's name.
+        path: Markdown file to write.
+    """
+    from huggingface_hub import ModelCardData
+
+    card_data = ModelCardData(
+        base_model=[source] if _is_hub_id(source) and "/" in source else None,
+        library_name="transformers",
+        model_name=name,
+        pipeline_tag="audio-classification",
+        tags=list(CARD_TAGS),
+    )
+    facts = {"card_data": card_data.to_yaml(), "source": source, "model_name": name, "model_id": name}
+    facts |= {"heads": config.heads, "labels": config.labels, "audio_backbone": config.audio_config.model_type}
+    return _render(CONVERTED_TEMPLATE, facts, path)
+
+
+def _render(template: Path, facts: Mapping[str, Any], path: str | Path) -> Path:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    text = environment.from_string(template.read_text(encoding="utf-8")).render(facts)
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
     return Path(path)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, Wav2Vec2FeatureExtractor,
 
 from sailer.atomic import replacing_folder
 from sailer.configuration_sailer import ATTRIBUTES, PRIMARY_LABELS, SailerConfig
+from sailer.hub.card import render_converted_card
 from sailer.modeling_sailer import SailerForAudioClassification
 from sailer.processing_sailer import SailerProcessor
 
@@ -97,6 +98,8 @@ def convert(
     with replacing_folder(destination) as folder:
         model.save_pretrained(folder)
         _processor(config).save_pretrained(folder)
+        told = Path(source).resolve().name if Path(source).is_dir() else str(source)
+        render_converted_card(told, config, destination.name, folder / "README.md")
     return destination
 
 

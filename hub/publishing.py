@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import logging
+import lzma
+import pickletools
+import shlex
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from io import BytesIO, StringIO
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 # What stays here: the Trainer's own state, which is for resuming and holds pickles, and what was derived from clips.
 KEPT_BACK = (
-    *(
-        "checkpoint-*",
-        "checkpoints",
-        "training_args.bin",
-        "optimizer.*",
-        "scheduler.pt",
-        "scaler.pt",
-        "rng_state*.pth",
-    ),
-    *("features", "preview", ".*", "__pycache__"),
+    *("checkpoint-*", "checkpoints", "training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt"),
+    *("rng_state*.pth", "features", "preview", ".*", "__pycache__"),
 )
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+# Names that pickles go by; a file of any other name is known by its bytes.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 REQUIRED = ("config.json", "processor_config.json", "README.md")
+# How much of a file, unpacked, is looked at for a pickle's beginning.
+LOOKED_AT = 2**16
+UNPACKERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+
+
+class PushError(ValueError):
+    """What could not be published; the message says why, and with which command to try again."""
 
 
 def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
-    """Upload a saved system to the Hub, as the user that `hf auth login` or HF_TOKEN names.
+    """Upload a saved system to the Hub in one commit, as the user that `hf auth login` or HF_TOKEN names.
 
     Args:
-        folder: what `sailer train` or `sailer convert` wrote.
+        folder: what `sailer train` or `sailer convert` wrote; nothing in it is changed.
         repo_id: "user/name"; made if it is not there yet.
         private: whether a new repository is private.
 
@@ -38,41 +47,47 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
         The repository's address.
 
     Raises:
-        ValueError: the folder is not a complete system, or holds a pickle; the message names the files.
+        PushError: the folder is not a complete system or holds a pickle (the message names the files), the repository
+            is public where a private one was wanted, nobody is logged in, or the Hub failed; nothing is published.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     folder = Path(folder)
-    files = list(_files(folder))
-    _check(folder, files)
+    files = check_system(folder)
     api = HfApi()
-    address = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=address.repo_id,
-        folder_path=folder,
-        allow_patterns=[path.relative_to(folder).as_posix() for path in files],
-        commit_message="Upload a SAILER system",
-    )
+    again = shlex.join(["sailer", "push", str(folder), repo_id, *["--private"] * private])
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and api.model_info(address.repo_id).private is False:
+            raise PushError(f"{address} is public already and would stay so: make it private there, or name another.")
+        # File by file: upload_folder takes names for patterns, and one file named * would bring all that stays here.
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        api.create_commit(address.repo_id, operations, commit_message="Upload a SAILER system")
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, RuntimeError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+            reason = "the Hub does not know you as someone who may write there: run `hf auth login`, or set HF_TOKEN"
+        else:
+            reason = " ".join(str(error).split())
+        raise PushError(
+            f"Nothing of {folder} was published to {repo_id}: {reason}. Then try again: {again}"
+        ) from error
     return str(address)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """What is uploaded: every file but those that stay here, which the log names."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if any(fnmatch(path.name, pattern) for pattern in KEPT_BACK):
-            logger.info("%s is not uploaded.", path)
-        elif path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
+def check_system(folder: Path) -> list[Path]:
+    """The files of a saved system that are published, all but those that stay here, which the log names.
 
-
-def _check(folder: Path, files: list[Path]) -> None:
+    Raises:
+        PushError: it is not a complete system, or holds a pickle; the message names the files.
+    """
+    files = list(_files(folder))
     if not files:
-        raise ValueError(f"{folder} is not a folder with files: name what `sailer train` or `sailer convert` wrote.")
-    pickles = [str(path) for path in files if path.suffix in PICKLES]
+        raise PushError(f"{folder} is not a folder with files: name what `sailer train` or `sailer convert` wrote.")
+    pickles = [str(path) for path in files if is_pickle(path)]
     if pickles:
-        raise ValueError(
+        raise PushError(
             f"{', '.join(pickles)}: not pushed, because loading a pickle can run any code. Save as safetensors "
             "(model.save_pretrained does) and remove these files."
         )
@@ -81,4 +96,59 @@ def _check(folder: Path, files: list[Path]) -> None:
     if not any(name.endswith(".safetensors") for name in names):
         missing.append("model.safetensors")
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: it is not a complete system.")
+        raise PushError(f"{folder} lacks {', '.join(missing)}: it is not a complete system.")
+    return files
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is, or packs (zip, tar, gzip, bzip2, xz, zlib), a pickle: by its name's suffixes or its bytes."""
+    if any(suffix.lower() in PICKLES for suffix in path.suffixes):
+        return True
+    with path.open("rb") as file:
+        return _holds_pickle(file.read(LOOKED_AT), path)
+
+
+def _holds_pickle(head: bytes, path: Path) -> bool:
+    """Whether a file that begins with `head` is a pickle or packs one."""
+    if _is_pickled(head):
+        return True
+    try:
+        if zipfile.is_zipfile(path):  # torch.save's files are zips
+            with zipfile.ZipFile(path) as packed:
+                return any(_is_pickled(packed.open(name).read(LOOKED_AT)) for name in packed.namelist())
+        for magic, unpack in UNPACKERS.items():
+            if head.startswith(magic):
+                with unpack(path) as file:
+                    head = file.read(LOOKED_AT)
+        if tarfile.is_tarfile(path):
+            with tarfile.open(path) as packed:
+                members = (packed.extractfile(member) for member in packed if member.isfile())
+                return any(_is_pickled(member.read(LOOKED_AT)) for member in members if member is not None)
+        if head[:1] == b"\x78":  # joblib's default compression
+            head = zlib.decompressobj().decompress(head, LOOKED_AT)
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError):
+        return False  # damaged, so that no unpickler reads it either
+    return _is_pickled(head)
+
+
+def _is_pickled(head: bytes) -> bool:
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 2:
+        return True
+    # Protocols 0 and 1 have no mark: a pickle is what disassembles, its stack in order, up to its end.
+    content, operations = BytesIO(head), StringIO()
+    try:
+        pickletools.dis(content, out=operations)
+    except (ValueError, IndexError, OverflowError):
+        # Of a longer file it must be what was not read that is missed.
+        return len(head) == LOOKED_AT == content.tell() and operations.getvalue().count("\n") > 10
+    return not content.read().strip() and len(head) > 2
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if any(fnmatch(path.name, pattern) for pattern in KEPT_BACK):
+            logger.info("%s is not uploaded.", path)
+        elif path.is_dir():
+            yield from _files(path)
+        else:
+            yield path

@@ -83,6 +83,19 @@ def test_what_the_folder_says(reference: Path, tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "converted" / "model.safetensors") if "decoder" in name]
 
 
+def test_the_folder_has_a_card_and_can_be_pushed(reference: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    from sailer.hub.publishing import check_system
+
+    folder = convert(reference / "whisper_dim", tmp_path / "converted")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "audio-classification"
+    assert "whisper_dim, converted" in card.text and "- Outputs: attributes\n" in card.text
+    assert "Emotions:" not in card.text and str(tmp_path) not in card.text
+    check_system(folder)
+
+
 def test_a_clip_of_twenty_seconds_is_cut_as_theirs_is(reference: Path, tmp_path: Path) -> None:
     model, processor = load(convert(reference / "whisper_frozen", tmp_path / "converted"))
     clip = np.random.default_rng(0).normal(0, 0.1, 20 * 16000).astype(np.float32)

@@ -39,7 +39,7 @@ WANTED = re.compile(
     | sailer/(data/(corpora/|synthetic/)?|hub/|inference/|training/)\w+\.py
     | sailer/recipes/\w+\.yaml
     | sailer/backbone_configs/[\w-]+\.json
-    | sailer/model_cards/template\.md\.jinja
+    | sailer/model_cards/\w+\.md\.jinja
     | sailer-[\d.]+\.dist-info/(METADATA|RECORD|WHEEL|entry_points\.txt|top_level\.txt|licenses/LICENSE)
     """,
     re.VERBOSE,
@@ -64,7 +64,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_package_its_recipes_and_its_card_template_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_its_recipes_and_its_card_templates_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert unwanted(names) == []
     sources = [path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py")]
@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_card_template_and_nothi
     sources += [
         path.relative_to(ROOT) for path in (*ROOT.glob("recipes/*.yaml"), *ROOT.glob("backbone_configs/*.json"))
     ]
-    sources.append(Path("model_cards/template.md.jinja"))
+    sources += [path.relative_to(ROOT) for path in ROOT.glob("model_cards/*.jinja")]
     assert sorted(f"sailer/{path.as_posix()}" for path in sources) == sorted(
         n for n in names if n.startswith("sailer/")
     )
