@@ -40,19 +40,16 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
     Raises:
         ValueError: the folder is not a complete system, or holds a pickle; the message names the files.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     folder = Path(folder)
     files = list(_files(folder))
     _check(folder, files)
     api = HfApi()
     address = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(
-        repo_id=address.repo_id,
-        folder_path=folder,
-        allow_patterns=[path.relative_to(folder).as_posix() for path in files],
-        commit_message="Upload a SAILER system",
-    )
+    # File by file: upload_folder takes names for patterns, and one file named * would bring all that stays here.
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    api.create_commit(address.repo_id, operations, commit_message="Upload a SAILER system")
     return str(address)
 
 
