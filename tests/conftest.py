@@ -4,9 +4,17 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+
+from .hub_server import HubServer, running_hub
+
+if TYPE_CHECKING:
+    from sailer import SailerForAudioClassification, SailerProcessor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -53,8 +61,53 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_sailer(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_text: Path) -> Path:
-    """A saved speech-and-text system with every head."""
+def different_clips() -> list[np.ndarray]:
+    """Eight waveforms at 16 kHz of 0.5 to 1.9 s that differ in pitch, rhythm, loudness and noise."""
+    clips = []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        time = np.arange(8000 + 3200 * seed) / 16000
+        tone = np.sin(2 * np.pi * random.uniform(100, 2000) * time) * (1 + np.sin(10 * random.uniform(1, 5) * time))
+        noise = random.normal(0, random.uniform(0.01, 0.3), len(time))
+        clips.append((random.uniform(0.02, 0.4) * (tone + noise)).astype(np.float32))
+    return clips
+
+
+DIFFERENT_TEXTS = ("so happy", "leave me alone", "", "the lazy dog", "i am", "brown", "happy happy", "jumps over this")
+
+
+def spread_out(
+    model: "SailerForAudioClassification", processor: "SailerProcessor", clips: list[np.ndarray]
+) -> "SailerForAudioClassification":
+    """The model with some layers scaled: over different clips each output has mean 0 and deviation 1 (before the
+    sigmoid, where there is one), and speech counts as much as text.
+
+    Freshly initialised, it gives everything much the same answer, and a test that compares answers cannot fail.
+    """
+    import torch
+
+    inputs = processor(
+        audio=clips, text=DIFFERENT_TEXTS if processor.tokenizer else None, sampling_rate=processor.sampling_rate
+    )
+    with torch.no_grad():
+        embeddings = model.eval()(**inputs).embeddings
+        speech, text = embeddings.std(dim=0).tensor_split([model.config.hidden_size])
+        if len(text):
+            for parameter in model.sailer.audio_projection[-1].parameters():
+                parameter *= text.mean() / speech.mean()
+            embeddings = model(**inputs).embeddings
+        for head in model.heads.values():
+            deviation, mean = torch.std_mean(head(embeddings), dim=0)
+            head[-1].weight /= deviation.unsqueeze(1)
+            head[-1].bias.sub_(mean).div_(deviation)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_sailer(
+    tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_text: Path, different_clips: list[np.ndarray]
+) -> Path:
+    """A saved speech-and-text system with every head, whose answers differ from clip to clip."""
     import torch
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
@@ -64,17 +117,19 @@ def tiny_sailer(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, ti
     folder = tmp_path_factory.mktemp("sailer")
     heads = ["primary", "secondary", "attributes", "sex", "age"]
     model = SailerForAudioClassification.from_audio_text_pretrained(tiny_whisper, tiny_text, heads=heads)
-    model.save_pretrained(folder)
     processor = SailerProcessor(
         AutoFeatureExtractor.from_pretrained(tiny_whisper), AutoTokenizer.from_pretrained(tiny_text)
     )
+    spread_out(model, processor, different_clips).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_speech_sailer(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path) -> Path:
-    """A saved speech-only system with the primary head."""
+def tiny_speech_sailer(
+    tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, different_clips: list[np.ndarray]
+) -> Path:
+    """A saved speech-only system with the primary head, whose answers differ from clip to clip."""
     import torch
     from transformers import AutoFeatureExtractor
 
@@ -82,6 +137,26 @@ def tiny_speech_sailer(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: P
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("sailer_speech")
-    SailerForAudioClassification.from_audio_text_pretrained(tiny_whisper, heads=["primary"]).save_pretrained(folder)
-    SailerProcessor(AutoFeatureExtractor.from_pretrained(tiny_whisper)).save_pretrained(folder)
+    model = SailerForAudioClassification.from_audio_text_pretrained(tiny_whisper, heads=["primary"])
+    processor = SailerProcessor(AutoFeatureExtractor.from_pretrained(tiny_whisper))
+    spread_out(model, processor, different_clips).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on this machine, which this process (not one that it starts) takes for the Hub."""
+    from huggingface_hub import constants
+
+    with running_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_of_me")
+        yield server

@@ -24,12 +24,13 @@ MIXED = {"annotation_dropout": 0.2, "mixing_probability": 0.8, "text_dropout": 0
 
 
 def clips(folder, count, prefix, seed):
-    """Noise of 0.3 to 1.2 s, every fourth clip without a transcript."""
+    """Tones in noise of 0.3 to 1.2 s, every fourth clip without a transcript."""
     generator = np.random.default_rng(seed)
     paths = [folder / f"{prefix}{index}.wav" for index in range(count)]
     seconds = generator.uniform(0.3, 1.2, count)
     for path, duration in zip(paths, seconds, strict=True):
-        soundfile.write(path, 0.1 * generator.standard_normal(int(16000 * duration)), 16000)
+        tone = np.sin(2 * np.pi * generator.uniform(100, 2000) * np.arange(int(16000 * duration)) / 16000)
+        soundfile.write(path, 0.3 * tone + 0.03 * generator.standard_normal(len(tone)), 16000)
     label = np.resize([5, 4, 1, 5, 3], count)
     return build_dataset(
         {
@@ -77,7 +78,7 @@ def assert_same_outputs(model, processor, store, items, tolerance=1e-5):
     direct, kept = outputs(model, direct), outputs(model, kept)
     assert set(direct) == set(kept)
     for name, value in direct.items():
-        torch.testing.assert_close(kept[name], value, rtol=0, atol=tolerance, equal_nan=True)
+        torch.testing.assert_close(kept[name], value, rtol=1e-6, atol=tolerance, equal_nan=True)
 
 
 def count_calls(monkeypatch, model):
@@ -157,8 +158,15 @@ def test_whisper_on_real_speech(shared, whisper_base):
 def test_half_precision_is_close(system, corpus, dtype):
     model, processor = system
     store = FeatureStore.build(model, collator(processor), [corpus[1]], dtype=dtype)
-    assert collator(processor, store)([corpus[1][0]])["audio_hidden_states"].dtype == getattr(torch, dtype)
-    assert_same_outputs(model, processor, store, list(corpus[1]), tolerance=0.5)
+    items = list(corpus[1])
+    kept = collator(processor, store)(items)
+    assert kept["audio_hidden_states"].dtype == getattr(torch, dtype)
+    full, half = outputs(model, collator(processor)(items)), outputs(model, kept)
+    for name in set(full) - {"loss"}:
+        # Every clip's output is nearest to its own, by far.
+        distance = torch.cdist(half[name].reshape(5, -1), full[name].reshape(5, -1))
+        own = distance.diagonal()
+        assert (10 * own < (distance + torch.diag(torch.full((5,), torch.inf))).amin(dim=1)).all(), (name, distance)
 
 
 def test_only_the_text_tower(tiny_whisper, tiny_text, corpus, system):

@@ -1,5 +1,6 @@
-"""A saved folder works for people who do not have the sailer package, and keeps its code when it is saved again."""
+"""A pushed system works for people who do not have the sailer package, and keeps its code when it is saved again."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+
+from sailer import SailerForAudioClassification, SailerProcessor, SpeechEmotionPipeline
+from sailer.hub.publishing import push
 
 # Run with -S and only site-packages on the path: .pth files, and with them an editable install, are not followed.
 STRANGER = """
+import json
 import sys
 try:
     import sailer
@@ -18,31 +24,28 @@ except ImportError:
     pass
 else:
     raise SystemExit("the sailer package is visible here: this would prove nothing")
+import soundfile
 import torch
 from transformers import AutoConfig, AutoModelForAudioClassification, AutoProcessor, pipeline
 
-folder, clip, copy, text = sys.argv[1:]
-item = {"audio": clip, "text": text} if text else clip
-config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+system, clip, answers, copy, *text = sys.argv[1:]
+config = AutoConfig.from_pretrained(system, trust_remote_code=True)
+model = AutoModelForAudioClassification.from_pretrained(system, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(system, trust_remote_code=True)
 assert config.model_type == "sailer" and type(processor).__name__ == "SailerProcessor"
-import soundfile
 wave = soundfile.read(clip, dtype="float32")[0]
-inputs = processor(audio=wave, sampling_rate=16000)
-expected = torch.load(sys.argv[2] + ".pt", weights_only=True)
 with torch.no_grad():
-    assert torch.equal(model(**inputs).logits, expected), "logits differ from those of the model that was saved"
-for arguments in ({}, {"task": "audio-classification"}):
-    classifier = pipeline(model=folder, trust_remote_code=True, **arguments)
-    assert type(classifier).__name__ == "SpeechEmotionPipeline", type(classifier)
-    predictions = classifier(item)
-    assert abs(sum(p["score"] for p in predictions) - 1) < 1e-5 and len(predictions) == 9
+    outputs = dict(model(**processor(audio=wave, text=text or None, sampling_rate=16000)))
+item = {"audio": clip, "text": text[0]} if text else clip
 model.save_pretrained(copy)
 processor.save_pretrained(copy)
-again = pipeline(model=copy, trust_remote_code=True)(item)
-assert [p["label"] for p in again] == [p["label"] for p in predictions]
-print("stranger is served")
+results = []
+for name, arguments in ((system, {}), (system, {"task": "audio-classification"}), (copy, {})):
+    classifier = pipeline(model=name, trust_remote_code=True, **arguments)
+    assert type(classifier).__name__ == "SpeechEmotionPipeline", type(classifier)
+    results.append([classifier(item), classifier(item, return_all=True, prior="natural")])
+torch.save(outputs, answers)
+print(json.dumps(results, default=lambda array: array.tolist()))
 """
 CODE = {
     "audio_sailer.py",
@@ -56,41 +59,63 @@ CODE = {
 }
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("clip") / "clip.wav"
-    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 20000), 16000)
-    return path
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "text"), [("tiny_sailer", "so happy"), ("tiny_speech_sailer", "")])
+@pytest.mark.parametrize(("system", "texts"), [("tiny_sailer", ("so happy", "leave me")), ("tiny_speech_sailer", ())])
 def test_without_the_package(
-    system: str, text: str, clip: Path, tmp_path: Path, request: pytest.FixtureRequest
+    system: str,
+    texts: tuple[str, ...],
+    different_clips: list[np.ndarray],
+    hub,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    import torch
-
-    from sailer import SailerForAudioClassification, SailerProcessor
-    from sailer.audio_sailer import load_audio
-
     folder = request.getfixturevalue(system)
     model = SailerForAudioClassification.from_pretrained(folder).eval()
+    model.config.label_weights = [3.0, *[1.0] * 8]
     processor = SailerProcessor.from_pretrained(folder)
-    with torch.no_grad():
-        logits = model(**processor(audio=load_audio(clip), sampling_rate=16000)).logits
-    torch.save(logits, f"{clip}.pt")
+    saved, clip, answers = tmp_path / "system", tmp_path / "clip.wav", tmp_path / "answers.pt"
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    (saved / "README.md").write_text("A system.")
+    push(saved, "it")
+    soundfile.write(clip, different_clips[0], 16000, subtype="FLOAT")
 
-    site_packages = Path(np.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(site_packages), "HF_HOME": str(tmp_path / "hf")}
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", STRANGER, str(folder), str(clip), str(tmp_path / "copy"), text],
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(np.__file__).parents[1]),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    arguments = ["me/it", str(clip), str(answers), str(tmp_path / "copy"), *texts[:1]]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", STRANGER, *arguments],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert "stranger is served" in result.stdout, result.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = torch.load(answers, weights_only=True)
+
+    def ours(wave: np.ndarray, text: str | None) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return dict(model(**processor(audio=wave, text=text, sampling_rate=16000)))
+
+    expected = ours(different_clips[0], *(texts[:1] or [None]))
+    assert outputs.keys() == expected.keys()
+    others = [ours(different_clips[1], *(texts[:1] or [None])), *(ours(different_clips[0], t) for t in texts[1:])]
+    for name, value in expected.items():
+        assert torch.equal(outputs[name], value), f"{name} differs from that of the model that was saved"
+        assert all((value - other[name]).abs().max() > 0.01 for other in others), f"{name} is the same for everything"
+
+    classifier = SpeechEmotionPipeline(model=model, processor=processor, device="cpu")
+    item = {"audio": str(clip), "text": texts[0]} if texts else str(clip)
+    expected = [classifier(item), classifier(item, return_all=True, prior="natural")]
+    assert expected[0] != expected[1]["primary"] and expected[1].get("transcript") == (texts[0] if texts else None)
+    expected = json.loads(json.dumps(expected, default=np.ndarray.tolist))
+    assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 3
     assert {path.name for path in (tmp_path / "copy").glob("*.py")} == CODE
-    assert {path.name for path in Path(folder).glob("*.py")} == CODE
+    assert {name for name in hub.files["me/it"] if name.endswith(".py")} == CODE
     assert not list((tmp_path / "copy").glob("*.bin"))
