@@ -159,4 +159,5 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_of_me")
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it remembers an earlier address
         yield server

@@ -25,6 +25,8 @@ class HubServer(ThreadingHTTPServer):
         files: the contents of each file of each model, {"me/name": {"folder/file": bytes}}.
         created: what was asked for when a model was created, by model.
         large: contents that came as large files (LFS), by SHA-256.
+        failing: paths that answer 500, as regular expressions.
+        tokens: who may write; anyone, if there are none.
     """
 
     daemon_threads = True
@@ -35,6 +37,8 @@ class HubServer(ThreadingHTTPServer):
         self.files: dict[str, dict[str, bytes]] = {}
         self.created: dict[str, dict[str, Any]] = {}
         self.large: dict[str, bytes] = {}
+        self.failing: list[str] = []
+        self.tokens: set[str] = set()
 
     def commit_id(self, model: str) -> str:
         return hashlib.sha1(repr(sorted(self.files[model].items())).encode()).hexdigest()
@@ -69,6 +73,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, method: str) -> None:
         body = self._body()
+        if any(re.search(pattern, self.path) for pattern in self.server.failing):
+            return self._send(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "out of order"})
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if method == "POST" and self.server.tokens and token not in self.server.tokens:
+            return self._send(HTTPStatus.UNAUTHORIZED, {"error": "Invalid username or password."})
         for wanted, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, urlsplit(self.path).path)
             if wanted == method and match:
@@ -148,7 +157,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def information(self, body: bytes, model: str) -> None:
         siblings = [{"rfilename": name} for name in self.server.files[model]]
-        self._send(HTTPStatus.OK, {"id": model, "sha": self.server.commit_id(model), "siblings": siblings})
+        self._send(
+            HTTPStatus.OK,
+            {
+                "id": model,
+                "sha": self.server.commit_id(model),
+                "siblings": siblings,
+                "private": self.server.created[model].get("visibility") == "private",
+            },
+        )
 
     def tree(self, body: bytes, model: str, folder: str = "") -> None:
         files = [

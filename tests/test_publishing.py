@@ -1,10 +1,17 @@
 """A saved system is pushed to a Hub on this machine, and only what belongs there."""
 
+import gzip
+import io
+import pickle
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from sailer.hub.publishing import push
+from sailer import SailerForAudioClassification, SailerProcessor
+from sailer.cli import main
+from sailer.hub.publishing import LOOKED_AT, PushError, is_pickle, push
 
 SYSTEM = {
     "config.json": b'{"model_type": "sailer"}',
@@ -67,6 +74,125 @@ def test_a_pickle_is_refused_by_name(name: str, folder: Path, hub) -> None:
     with pytest.raises(ValueError, match=rf"{name}: not pushed.*safetensors"):
         push(folder, "it")
     assert hub.files == {}
+
+
+def torch_file(zipped: bool) -> bytes:
+    content = io.BytesIO()
+    torch.save({"weight": torch.zeros(3)}, content, _use_new_zipfile_serialization=zipped)
+    return content.getvalue()
+
+
+def packed(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        member = tarfile.TarInfo("weights")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    return file.getvalue()
+
+
+PICKLED = {f"protocol {number}": pickle.dumps({"a": [1, (2, "x")]}, protocol=number) for number in range(6)}
+PICKLED |= {"long": pickle.dumps([(f"word {number}", number) for number in range(10_000)], protocol=0)}
+PICKLED |= {"zipped": torch_file(True), "older torch": torch_file(False), "gzip": gzip.compress(PICKLED["protocol 0"])}
+PICKLED |= {"tar": packed(PICKLED["protocol 4"]), "shell": b"cos\nsystem\n(S'echo hello'\ntR."}
+HARMLESS = {
+    "requirements": b"torch>=2.6\ntransformers>=5.17\n",
+    "one dot": b".",
+    "empty": b"",
+    "prose": b"- A long list of one thing after the other.\n" * LOOKED_AT,
+    "one long line": b"I" * 2 * LOOKED_AT,
+    "damaged gzip": b"\x1f\x8bno more",
+    "compressed prose": gzip.compress(b"a sentence"),
+    "text like zlib": b"x = 3\n",
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_pickle_is_known_by_its_bytes(name: str, folder: Path, hub) -> None:
+    assert name != "long" or len(PICKLED[name]) > LOOKED_AT
+    add(folder, {"notes.txt": PICKLED[name]})
+    with pytest.raises(PushError, match=r"notes\.txt: not pushed"):
+        push(folder, "it")
+    assert hub.files == {}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_is_no_pickle_is_let_through(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_bytes(HARMLESS[name])
+    assert not is_pickle(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["WEIGHTS.PT", "a.pkl.gz", "model.pth.tar", "state.dill", "b.joblib.xz"])
+def test_a_pickle_is_known_by_its_name(name: str, folder: Path, hub) -> None:
+    add(folder, {name: b"anything"})
+    with pytest.raises(PushError, match=r"not pushed"):
+        push(folder, "it")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["repos/create", "preupload", "lfs/objects/batch", "/large/", "/commit/"])
+def test_a_hub_that_fails_half_way_publishes_nothing(stage: str, folder: Path, hub, monkeypatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client waits between its attempts
+    before = contents(folder)
+    hub.failing = [stage]
+    with pytest.raises(PushError, match=r"Nothing of .*published to me/it.*try again: sailer push .*system me/it"):
+        push(folder, "me/it")
+    assert hub.files.get("me/it", {}) == {} and contents(folder) == before
+    hub.failing = []
+    push(folder, "me/it")
+    assert hub.files == {"me/it": SYSTEM}
+
+
+def test_who_may_not_write_is_told_how_to(folder: Path, hub, monkeypatch, capsys) -> None:
+    hub.tokens = {"hf_of_somebody_else"}
+    assert main(["push", str(folder), "me/it", "--private"]) == 2
+    told = capsys.readouterr().err
+    assert "hf auth login" in told and f"sailer push {folder} me/it --private" in told
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(folder / "no-token"))
+    with pytest.raises(PushError, match="hf auth login"):
+        push(folder, "me/it")
+    assert hub.files == {}
+
+
+def test_a_public_model_does_not_take_what_is_private(folder: Path, hub) -> None:
+    push(folder, "it")
+    add(folder, {"README.md": b"Secret.\n"})
+    with pytest.raises(PushError, match="public already"):
+        push(folder, "it", private=True)
+    assert hub.files == {"me/it": SYSTEM}
+    push(folder, "hidden", private=True)
+    push(folder, "hidden", private=True)
+    assert hub.files["me/hidden"]["README.md"] == b"Secret.\n"
+
+
+def test_saving_and_pushing_at_once_leaves_nothing_out(tiny_sailer: Path, tmp_path: Path, hub) -> None:
+    model, processor = (
+        SailerForAudioClassification.from_pretrained(tiny_sailer),
+        SailerProcessor.from_pretrained(tiny_sailer),
+    )
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / ".env").write_text("secret")
+    processor.save_pretrained(tmp_path / "it", push_to_hub=True)
+    assert {"processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= set(hub.files["me/it"])
+    model.save_pretrained(str(tmp_path / "it"), push_to_hub=True, repo_id="me/it", commit_message="Model")
+    files = contents(tmp_path / "it")
+    pushed = hub.files["me/it"]
+    assert set(files) - {".env"} == set(pushed) - {"README.md"}
+    assert all(pushed[name] == content for name, content in files.items() if name != ".env")
+
+
+def test_a_pipeline_pushes_the_tokenizer_too(tiny_sailer: Path, tmp_path: Path, hub) -> None:
+    from transformers import pipeline
+
+    classifier = pipeline(model=str(tiny_sailer), trust_remote_code=True)
+    classifier.save_pretrained(tmp_path / "it", push_to_hub=True)
+    assert set(contents(tmp_path / "it")) == set(hub.files["me/it"]) - {"README.md"}
+    classifier.push_to_hub("again")
+    assert {"tokenizer.json", "model.safetensors", "pipeline_sailer.py"} <= set(hub.files["me/again"])
 
 
 @pytest.mark.parametrize("name", ["config.json", "processor_config.json", "README.md", "model.safetensors"])
