@@ -1,5 +1,6 @@
 """SailerConfig: two backbones, the fusion head's shape, the label set, and what the scores mean (paper, section 2)."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -193,7 +194,9 @@ class SailerConfig(PretrainedConfig):
 
 def _sub_config(name: str, config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:
     if config is None or isinstance(config, PretrainedConfig):
-        return config
+        # A copy: a system's configuration hands its attention implementation, as yet undecided, down to its parts,
+        # and a loaded tower that shared its own would go on without its masks.
+        return copy.deepcopy(config)
     config = dict(config)
     if "model_type" not in config:
         raise ValueError(f"{name} has no model_type; pass the backbone's configuration or its to_dict().")
