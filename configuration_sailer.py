@@ -1,5 +1,6 @@
 """SailerConfig: two backbones, the fusion head's shape, the label set, and what the scores mean (paper, section 2)."""
 
+import copy
 import inspect
 import math
 import os
@@ -311,7 +312,11 @@ def _shares(option: str, values: Sequence[float] | None) -> list[float] | None:
 def _sub_config(name: str, config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:
     if config is None:
         return None
-    if not isinstance(config, PretrainedConfig):
+    if isinstance(config, PretrainedConfig):
+        # A copy: a system's configuration hands its attention implementation, as yet undecided, down to its parts,
+        # and a loaded tower that shared its own would go on without its masks.
+        config = copy.deepcopy(config)
+    else:
         if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
             raise ValueError(f"{name} has no model_type; pass the backbone's configuration or its to_dict().")
         config = dict(config)

@@ -1,10 +1,10 @@
-"""The towers' encoders: Whisper's at any length with padding masked; any encoder built, or loaded whole."""
+"""The towers' encoders: padding masked where that was shown to be safe, else clips of one length at a time."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+import re
 from typing import Any
 
 import torch
@@ -14,6 +14,33 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import ModelOutput, logging
+
+# Their states were shown (tests/test_encoders.py) not to change with padding, if `masks_padding` holds.
+MASKED = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm")
+# What follows their layers changes the number of frames, so that the layers' own states are weighted.
+RESAMPLED = ("sew", "sew-d")
+ADVICE = "Give a Hub id or a folder with config.json and model.safetensors (pickled weights are refused)."
+HOP_LENGTH = 160  # samples between Whisper's log-mel frames
+
+_WINDOWS = "it hears windows of one fixed length, padded without a mask"
+_PART = "it is a part of a larger model and has no feature extractor of its own that gives an attention_mask"
+REFUSED = {
+    "audio-spectrogram-transformer": _WINDOWS,
+    "audioflamingo3_encoder": _WINDOWS,
+    "gemma4_audio": _PART,
+    "higgs_audio_v2_tokenizer": "it is a codec",
+    "moss_transcribe_diarize_audio": _WINDOWS,
+    "nemotron3_5_transcribe_asr_audio": _PART,
+    "nemotron3_diarization_audio": _PART,
+    "qwen2_audio_encoder": _WINDOWS,
+    "qwen3_asr_encoder": _WINDOWS,
+    "voxtral_encoder": _WINDOWS,
+    "voxtral_realtime_encoder": _PART,
+}
+ACCEPTED = (
+    "Whisper, WavLM, wav2vec 2.0 (its Conformer and BERT too), HuBERT, UniSpeech, Data2Vec, SEW and the encoders of "
+    "Parakeet, LASR, Granite Speech 5 and Nemotron can be."
+)
 
 
 class VariableLengthWhisperEncoder(WhisperEncoder):
@@ -67,10 +94,49 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
         return BaseModelOutput(states, hidden_states=(*collected, states) if output_hidden_states else None)
 
 
+def masks_padding(config: PretrainedConfig) -> bool:
+    """Whether `encode_audio` runs this speech encoder on a padded batch under a mask, all clips at once.
+
+    Otherwise clips are encoded beside clips of their own length only, without any padding: normalisation over time
+    (wav2vec2-base, wavlm-base), batch-normalised positions, convolutions that no mask reaches (Conformer, Data2Vec)
+    and strided adapters all let padding into the clip.
+    """
+    if config.model_type == "whisper":
+        return True
+    return (
+        config.model_type in MASKED
+        and getattr(config, "feat_extract_norm", "layer") == "layer"
+        and not getattr(config, "conv_pos_batch_norm", False)
+        and not getattr(config, "add_adapter", False)
+    )
+
+
+def check_speech_encoder(config: PretrainedConfig, audio_layers: str = "last") -> None:
+    """Refuse what cannot be a system's speech encoder, or not with its layers weighted.
+
+    Raises:
+        ValueError: the message names the model type, the reason, and what to use instead.
+    """
+    reason = REFUSED.get(config.model_type) or _reason_against(config)
+    if reason is not None:
+        raise ValueError(f"A {config.model_type!r} model cannot be the speech encoder: {reason}. {ACCEPTED}")
+    if audio_layers != "last" and getattr(config, "subsample_layers", None):
+        raise ValueError(
+            f"The layers of a {config.model_type!r} encoder differ in length (subsample_layers is "
+            f"{config.subsample_layers}), so that they cannot be weighted: set audio_layers to 'last'."
+        )
+
+
+def speech_width(config: PretrainedConfig, audio_layers: str = "last") -> int:
+    """Width of the states of `encode_audio`: an adapter, which only the last state goes through, may change it."""
+    adapted = audio_layers == "last" and getattr(config, "add_adapter", False)
+    return config.output_hidden_size if adapted else config.hidden_size
+
+
 def encode_audio(
     encoder: PreTrainedModel,
     audio: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
     all_layers: bool = False,
     attend_to_padding: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,29 +144,50 @@ def encode_audio(
 
     Args:
         encoder: a speech encoder of `build_encoder` or `load_encoder`.
-        audio: input_features (batch, mels, frames) or input_values (batch, samples).
-        attention_mask: (batch, frames or samples), 1 on the clip's own.
+        audio: Whisper's input_features (batch, mels, frames), others' (batch, frames, width), or input_values (batch,
+            samples).
+        attention_mask: (batch, frames or samples), 1 on the clip's own; Whisper's also over the samples behind its
+            frames, which is what transformers' feature extractor gives unasked. All of them by default.
         all_layers: every layer's hidden states, not only the last one.
         attend_to_padding: let a Whisper encoder's frames see the padding.
 
     Returns:
         states (batch, frames, width), or (batch, layers, frames, width) with `all_layers`; and the mask (batch,
         frames) of each clip's own frames.
+
+    Raises:
+        ValueError: a mask of another length than the audio, none beside Whisper's features of full length, or an
+            encoder whose layers cannot be weighted.
     """
-    if isinstance(encoder, VariableLengthWhisperEncoder):
+    is_whisper = isinstance(encoder, VariableLengthWhisperEncoder)
+    frames = audio.shape[-1] if is_whisper else audio.shape[1]
+    if attention_mask is None:
+        if is_whisper and frames >= 2 * encoder.max_source_positions:
+            raise ValueError(
+                f"Features of {frames} frames ({frames / 100:.0f} s) came without attention_mask. A feature extractor "
+                "pads to that length, and padding would be taken for speech: use the SailerProcessor, or call the "
+                "feature extractor with return_attention_mask=True and pass its mask on."
+            )
+        attention_mask = torch.ones(len(audio), frames, dtype=torch.long, device=audio.device)
+    if is_whisper and attention_mask.shape[1] // HOP_LENGTH == frames:
+        attention_mask = attention_mask[:, HOP_LENGTH - 1 :: HOP_LENGTH]
+    if attention_mask.shape[1] != frames:
+        raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns for audio of length {frames}.")
+    if is_whisper:
         outputs = encoder(audio, attention_mask, all_layers, attend_to_padding)
         states = all_hidden_states(outputs) if all_layers else outputs.last_hidden_state
         return states, whisper_positions(attention_mask)[:, : states.shape[-2]]
-    if getattr(encoder.config, "feat_extract_norm", "layer") == "group":
-        return _encode_by_length(encoder, audio, attention_mask, all_layers)
-    return _encode_waveforms(encoder, audio, attention_mask, all_layers)
+    if masks_padding(encoder.config):
+        states = _run(encoder, audio, attention_mask, all_layers)
+        lengths = encoder._get_feat_extract_output_lengths(attention_mask.sum(1))
+        return states, _length_mask(lengths, states.shape[-2])
+    return _encode_by_length(encoder, audio, attention_mask, all_layers)
 
 
 def all_hidden_states(outputs: ModelOutput) -> torch.Tensor:
     """(batch, layers, positions, width). The last entry is the tower's output: releases differ in whether the
     recorded one is normalised."""
-    states: Sequence[torch.Tensor] = (*outputs.hidden_states[:-1], outputs.last_hidden_state)
-    return torch.stack(states, dim=1)
+    return torch.stack((*outputs.hidden_states[:-1], outputs.last_hidden_state), dim=1)
 
 
 def whisper_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -123,26 +210,42 @@ def transformer_layers(encoder: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def keep_layers(encoder: PreTrainedModel) -> None:
+    """Switch off layer dropping (in training), which would leave no state of a dropped layer to weigh. Whisper's
+    encoder records what went past."""
+    for holder in (encoder, encoder.config):
+        if not isinstance(encoder, VariableLengthWhisperEncoder) and getattr(holder, "layerdrop", 0):
+            holder.layerdrop = 0.0
+
+
 def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
     """A tower with fresh weights; raises ValueError for a configuration without an encoder."""
     encoder_class = _encoder_class(config)
     return encoder_class._from_config(config, **_encoder_options(encoder_class))
 
 
-def load_encoder(source: str | os.PathLike, attn_implementation: str | None) -> PreTrainedModel:
+def load_encoder(
+    source: str | os.PathLike, attn_implementation: str | None, audio_layers: str | None = None
+) -> PreTrainedModel:
     """A tower from a checkpoint, in float32.
 
     Args:
         source: Hub id or folder. Of a full Whisper checkpoint only the encoder is read.
         attn_implementation: as in transformers.
+        audio_layers: of a speech encoder, as in `SailerConfig`; `None` for a text encoder.
 
     Raises:
-        ValueError: it cannot be loaded, or a tensor of the encoder is not in it (the message names the tensors).
+        ValueError: it cannot be loaded, a tensor of the encoder is not in it (the message names the tensors), or it
+            cannot be a speech encoder.
     """
-    advice = "Give a Hub id or a folder with config.json and model.safetensors (pickled weights are refused)."
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         encoder_class = _encoder_class(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(source, error) from error
+    if audio_layers is not None:
+        check_speech_encoder(config, audio_layers)
+    try:
         options = _encoder_options(encoder_class)
         if config.model_type == "whisper":
             # The encoder of a full checkpoint, with or without the head's prefix; the decoder is never read.
@@ -158,60 +261,109 @@ def load_encoder(source: str | os.PathLike, attn_implementation: str | None) -> 
         finally:
             logging.set_verbosity(verbosity)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"The backbone {str(source)!r} cannot be loaded: {reason} {advice}") from error
+        raise _unloadable(source, error) from error
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     lost = sorted({*report["missing_keys"], *mismatched})
     if lost:
         shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         raise ValueError(
             f"The checkpoint of backbone {str(source)!r} lacks {len(lost)} of the encoder's tensors ({shown}), which "
-            f"would have stayed random. {advice}"
+            f"would have stayed random. {ADVICE}"
         )
     if os.path.isdir(source):
         encoder.config._name_or_path = ""  # a path on this machine is of no use to others
     return encoder
 
 
-def _encode_waveforms(
-    encoder: PreTrainedModel, waveforms: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    config = encoder.config
-    lengths = attention_mask.sum(1)
-    if hasattr(encoder, "_get_feat_extract_output_lengths"):
-        lengths = encoder._get_feat_extract_output_lengths(lengths)
-    augmented = getattr(config, "apply_spec_augment", False)
-    if augmented and int(lengths.max()) <= config.mask_time_length:
-        config.apply_spec_augment = False  # a batch shorter than one mask cannot be masked
-    try:
-        outputs = encoder(waveforms.to(encoder.dtype), attention_mask=attention_mask, output_hidden_states=all_layers)
-    finally:
-        if augmented:
-            config.apply_spec_augment = True
-    states = all_hidden_states(outputs) if all_layers else outputs.last_hidden_state
-    return states, _length_mask(lengths, states.shape[-2])
-
-
 def _encode_by_length(
-    encoder: PreTrainedModel, waveforms: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
+    encoder: PreTrainedModel, audio: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Group-normalised encoders (wav2vec2-base, wavlm-base) normalise over time, padding included: clips are
-    # encoded beside clips of their own length only.
     lengths = attention_mask.sum(1)
-    rows: list[torch.Tensor | None] = [None] * len(lengths)
+    rows: list[torch.Tensor] = [audio] * len(lengths)
     for length in lengths.unique().tolist():
         chosen = (lengths == length).nonzero().squeeze(1)
-        states, _ = _encode_waveforms(encoder, waveforms[chosen, :length], attention_mask[chosen, :length], all_layers)
+        states = _run(encoder, audio[chosen, :length], attention_mask[chosen, :length], all_layers)
         for row, state in zip(chosen.tolist(), states, strict=True):
             rows[row] = state
-    frames = torch.tensor([row.shape[-2] for row in rows], device=waveforms.device)
+    frames = torch.tensor([row.shape[-2] for row in rows], device=audio.device)
     longest = int(frames.max())
     padded = [nn.functional.pad(row, (0, 0, 0, longest - row.shape[-2])) for row in rows]
     return torch.stack(padded), _length_mask(frames, longest)
 
 
+def _run(
+    encoder: PreTrainedModel, audio: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
+) -> torch.Tensor:
+    config = encoder.config
+    spared = encoder.training and getattr(config, "apply_spec_augment", True) and _is_short(encoder, attention_mask)
+    if spared:
+        config.apply_spec_augment = False  # a batch shorter than one mask cannot be masked
+    try:
+        outputs = encoder(audio.to(encoder.dtype), attention_mask=attention_mask, output_hidden_states=all_layers)
+    except RuntimeError as error:
+        if "Kernel size can't be greater" not in str(error):
+            raise
+        raise ValueError(
+            f"A clip of {audio.shape[1]} {'frames' if audio.ndim > 2 else 'samples'} is shorter than the convolutions "
+            f"of a {config.model_type!r} encoder span: leave it out."
+        ) from error
+    finally:
+        if spared:
+            config.apply_spec_augment = True
+    return _layer_states(config, outputs) if all_layers else outputs.last_hidden_state
+
+
+def _is_short(encoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
+    """Whether SpecAugment's mask, where the encoder has one, is longer than what there is before an adapter."""
+    if not hasattr(encoder.config, "mask_time_length"):
+        return False
+    count = encoder._get_feat_extract_output_lengths
+    options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
+    return int(count(attention_mask.sum(1), **options).max()) <= encoder.config.mask_time_length
+
+
+def _layer_states(config: PretrainedConfig, outputs: ModelOutput) -> torch.Tensor:
+    """(batch, layers, frames, width): of the layers alone where an adapter or an upsampling follows them."""
+    states = outputs.hidden_states
+    number = None if states is None else len(states)
+    if number != config.num_hidden_layers + 1 or len({state.shape for state in states}) > 1:
+        shapes = None if states is None else [tuple(state.shape) for state in states]
+        raise ValueError(
+            f"The layers of a {config.model_type!r} encoder cannot be weighted: {config.num_hidden_layers + 1} states "
+            f"of one shape are needed, and it gives {shapes}. Set audio_layers to 'last'."
+        )
+    if config.model_type in RESAMPLED or getattr(config, "add_adapter", False):
+        return torch.stack(tuple(states), dim=1)
+    return all_hidden_states(outputs)
+
+
 def _length_mask(lengths: torch.Tensor, longest: int) -> torch.Tensor:
     return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _reason_against(config: PretrainedConfig) -> str | None:
+    if config.model_type == "whisper":
+        return None
+    encoder_class = _encoder_class(config)
+    if encoder_class.main_input_name not in ("input_values", "input_features"):
+        return f"it reads {encoder_class.main_input_name}, not speech alone"
+    if re.search(r"For[A-Z]", encoder_class.__name__):
+        return (
+            "it is a whole recogniser; save its encoder (model.encoder.save_pretrained) with its feature extractor in "
+            "a folder, and give that"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder and a decoder, of which only Whisper's encoder is read alone"
+    if "attention_mask" not in inspect.signature(encoder_class.forward).parameters:
+        return "it takes no attention_mask, as codecs and the audio parts of larger models do not"
+    if not (hasattr(config, "hidden_size") and hasattr(config, "num_hidden_layers")):
+        return "its configuration does not say how wide (hidden_size) and deep (num_hidden_layers) it is"
+    return None
+
+
+def _unloadable(source: str | os.PathLike, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())
+    return ValueError(f"The backbone {str(source)!r} cannot be loaded: {reason} {ADVICE}")
 
 
 def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -233,8 +385,12 @@ __all__ = [
     "VariableLengthWhisperEncoder",
     "all_hidden_states",
     "build_encoder",
+    "check_speech_encoder",
     "encode_audio",
+    "keep_layers",
     "load_encoder",
+    "masks_padding",
+    "speech_width",
     "transformer_layers",
     "whisper_positions",
 ]

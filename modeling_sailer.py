@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import os
@@ -16,7 +15,16 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig, take_push_options
-from .encoders_sailer import all_hidden_states, build_encoder, encode_audio, load_encoder, transformer_layers
+from .encoders_sailer import (
+    all_hidden_states,
+    build_encoder,
+    check_speech_encoder,
+    encode_audio,
+    keep_layers,
+    load_encoder,
+    speech_width,
+    transformer_layers,
+)
 from .layers_sailer import AudioProjection, LayerWeights, PredictionHead, masked_mean, plain_loss, pool_frames
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
 
@@ -173,12 +181,14 @@ class SailerModel(SailerPreTrainedModel):
         super().__init__(config)
         if config.audio_config is None:
             raise ValueError("The configuration has no audio_config: a SAILER system needs a speech encoder.")
+        check_speech_encoder(config.audio_config, config.audio_layers)
         self.audio_encoder = audio_encoder or build_encoder(config.audio_config)
         self.main_input_name = self.audio_encoder.main_input_name
         if config.audio_layers != "last":
+            keep_layers(self.audio_encoder)
             layers = config.audio_config.num_hidden_layers + 1
             self.audio_layer_weights = LayerWeights(layers, normalize=config.audio_layers == "weighted_norm")
-        width = config.audio_config.hidden_size
+        width = speech_width(config.audio_config, config.audio_layers)
         if config.frame_norm:
             self.audio_frame_norm = nn.BatchNorm1d(width, affine=False)
         self.audio_projection = AudioProjection(width, config.hidden_size, config.conv_dropout)
@@ -196,8 +206,12 @@ class SailerModel(SailerPreTrainedModel):
         return self.config.hidden_size + (text.hidden_size if text is not None else 0)
 
     def train(self, mode: bool = True) -> SailerModel:
-        """What is frozen of the towers stays in eval mode: no dropout, no SpecAugment."""
+        """What is frozen of the towers stays in eval mode: no dropout, no SpecAugment. So does the audio tower's batch
+        normalisation, which would otherwise see the few clips of one length that are encoded together."""
         super().train(mode)
+        for module in self.audio_encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for tower, trained in self.frozen_towers():
             tower.eval()
             for layer in trained:
@@ -218,9 +232,9 @@ class SailerModel(SailerPreTrainedModel):
     ) -> SailerModelOutput:
         """
         Args:
-            input_features: (batch, mels, frames) float, for Whisper; or
+            input_features: float; (batch, mels, frames) for Whisper, (batch, frames, width) for others; or
             input_values: (batch, samples) float, for raw-waveform encoders.
-            attention_mask: (batch, frames or samples), 1 on the clip's own.
+            attention_mask: (batch, frames or samples), 1 on the clip's own; see `encode_audio`.
             input_ids, text_attention_mask: (batch, tokens); a mask row of zeros means no transcript, whose embedding
                 is zero.
             audio_hidden_states: the audio tower's output instead of its input, (batch, frames, width), or (batch,
@@ -230,8 +244,9 @@ class SailerModel(SailerPreTrainedModel):
             return_dict: False returns a tuple.
 
         Raises:
-            ValueError: the audio input that this tower needs is missing, input_ids without a text tower, or hidden
-                states that are asked for where only the last ones were passed.
+            ValueError: the audio input that this tower needs is missing, a mask that is needed is missing or does not
+                fit, input_ids without a text tower, or hidden states that are asked for where only the last ones were
+                passed.
         """
         weighted = self.config.audio_layers != "last"
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -239,14 +254,15 @@ class SailerModel(SailerPreTrainedModel):
             audio = input_features if self.main_input_name == "input_features" else input_values
             if audio is None:
                 raise ValueError(f"This system needs {self.main_input_name} (or audio_hidden_states).")
-            states, mask = self.audio_hidden_states(audio, attention_mask, all_layers=weighted or collect)
+            states, mask = self.audio_hidden_states(audio, attention_mask)
         elif collect and not weighted:
             raise ValueError("output_hidden_states needs the audio: audio_hidden_states holds the last layer alone.")
         else:
             states, mask = audio_hidden_states, attention_mask
-        hidden_states = states.unbind(1) if collect else None
-        if collect and not weighted:
-            states = states[:, -1]
+        hidden_states = None
+        if collect:  # a second pass where the last layer alone is used: an adapter's output is not among the layers
+            layers = states if weighted else self.audio_hidden_states(audio, attention_mask, all_layers=True)[0]
+            hidden_states = layers.unbind(1)
         dtype = self.audio_projection[0].weight.dtype
         states = states.to(dtype)
         if weighted:
@@ -286,8 +302,6 @@ class SailerModel(SailerPreTrainedModel):
             states (batch, frames, width), or (batch, layers, frames, width) of all layers; and the mask (batch,
             frames) of each clip's own frames.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones(audio.shape[0], audio.shape[-1], dtype=torch.long, device=audio.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio):
             return encode_audio(
                 self.audio_encoder,
@@ -471,12 +485,11 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             ValueError: a backbone cannot be loaded, or any tensor of an encoder is not in its checkpoint (the
                 message names the tensors).
         """
-        audio_encoder = load_encoder(audio, attn_implementation)
+        audio_encoder = load_encoder(audio, attn_implementation, config_kwargs.get("audio_layers", "last"))
         text_encoder = None if text is None else load_encoder(text, attn_implementation)
-        # Copies: a configuration hands its attention implementation, as yet undecided, down to its parts.
         config = SailerConfig(
-            audio_config=copy.deepcopy(audio_encoder.config),
-            text_config=None if text_encoder is None else copy.deepcopy(text_encoder.config),
+            audio_config=audio_encoder.config,
+            text_config=None if text_encoder is None else text_encoder.config,
             **config_kwargs,
         )
         return cls(config, audio_encoder, text_encoder)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, ProcessorMixin
+from torch import nn
+from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, ProcessorMixin, WhisperFeatureExtractor
 
 from .audio_sailer import MINIMUM_SECONDS, load_audio
 from .configuration_sailer import take_push_options
@@ -26,7 +27,8 @@ class SailerProcessor(ProcessorMixin):
     Joins a feature extractor and, for systems with a text tower, a tokenizer.
 
     Args:
-        feature_extractor: of the audio backbone (log-mel as Whisper's, or raw-waveform as WavLM's).
+        feature_extractor: of the audio backbone (log-mel as Whisper's, or raw-waveform as WavLM's). The processor
+            keeps and saves a copy that returns the mask unasked, so that it serves the model by itself too.
         tokenizer: of the text backbone; `None` for a speech-only system.
         audio_padding: `"longest"` pads a batch to its longest clip. `"max_length"` cuts or pads every clip to the
             extractor's own length, as the authors' released models do (their configs set `attend_to_padding`).
@@ -39,6 +41,8 @@ class SailerProcessor(ProcessorMixin):
         if audio_padding not in AUDIO_PADDING:
             raise ValueError(f"audio_padding is {audio_padding!r}; choose one of {list(AUDIO_PADDING)}.")
         super().__init__(feature_extractor)
+        self.feature_extractor = copy.copy(feature_extractor)
+        self.feature_extractor.return_attention_mask = True
         self.tokenizer = tokenizer
         self.audio_padding = audio_padding
 
@@ -65,14 +69,14 @@ class SailerProcessor(ProcessorMixin):
                 says and always has its mask, without which padding would change the results.
 
         Returns:
-            `input_features` (batch, mels, frames) or `input_values` (batch, samples); `attention_mask` over the same
-            frames or samples; with a tokenizer `input_ids` and `text_attention_mask` (batch, tokens), all zero for a
-            clip without transcript.
+            `input_features` (batch, mels, frames) for Whisper and (batch, frames, width) for others, or `input_values`
+            (batch, samples); `attention_mask` over the same frames or samples; with a tokenizer `input_ids` and
+            `text_attention_mask` (batch, tokens), all zero for a clip without transcript.
 
         Raises:
             ValueError: no audio, a waveform that is empty, shorter than 0.1 s or not finite, a transcript that is not
-                a string, another number of transcripts than of waveforms (the message names the position), or another
-                padding than the processor's, or none.
+                a string, another number of transcripts than of waveforms (the message names the position), another
+                padding than the processor's or none, or a feature extractor that gives no attention_mask.
         """
         usual = (True, self.audio_padding)
         if padding not in usual:
@@ -83,17 +87,10 @@ class SailerProcessor(ProcessorMixin):
             raise ValueError("No audio: pass audio=waveform or a list of waveforms.")
         clips, is_rate_known = self._waveforms(audio, sampling_rate)
         rate = self.sampling_rate if is_rate_known else None  # without one the extractor warns
-        if hasattr(self.feature_extractor, "hop_length"):
-            inputs = self._log_mel(clips, rate, device)
+        if isinstance(self.feature_extractor, WhisperFeatureExtractor):
+            data = self._log_mel(clips, rate, device)
         else:
-            inputs = self.feature_extractor(
-                clips,
-                sampling_rate=rate,
-                padding=True,
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-        data = dict(inputs)
+            data = self._one_by_one(clips, rate)
         if self.tokenizer is not None:
             data |= self.tokenize(text, len(clips))
         elif text is not None:
@@ -196,6 +193,29 @@ class SailerProcessor(ProcessorMixin):
         frames = torch.arange(features.shape[-1])
         mask = frames < (lengths // extractor.hop_length).unsqueeze(1)
         return {"input_features": features, "attention_mask": mask.long()}
+
+    def _one_by_one(self, clips: list[np.ndarray], sampling_rate: int | None) -> dict[str, torch.Tensor]:
+        # Extractors pad before or after they filter and normalise: what a clip gets must not depend on the others.
+        extractor = self.feature_extractor
+        name = extractor.model_input_names[0]
+        own = []
+        for clip in clips:
+            inputs = extractor(
+                clip,
+                sampling_rate=None if sampling_rate is None else self.sampling_rate,
+                padding=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            if "attention_mask" not in inputs:
+                raise ValueError(
+                    f"{type(extractor).__name__} gives {sorted(inputs)} and no attention_mask, so that padding cannot "
+                    "be told from the clip: choose a speech encoder with another feature extractor."
+                )
+            own.append(inputs[name][0, : int(inputs["attention_mask"].sum())])
+        frames = torch.arange(max(len(clip) for clip in own))
+        mask = frames < torch.tensor([len(clip) for clip in own]).unsqueeze(1)
+        return {name: nn.utils.rnn.pad_sequence(own, batch_first=True), "attention_mask": mask.long()}
 
     def tokenize(self, text: str | Sequence[str] | None, clips: int) -> dict[str, torch.Tensor]:
         """`input_ids` and `text_attention_mask` (clips, tokens) of transcripts alone; see `__call__`."""

@@ -27,6 +27,7 @@ from sailer.data.collator import TEXT_INPUTS, SailerCollator
 from sailer.data.rendering import Item, RenderingKey, rendering_key, transcript_of
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError
+from sailer.encoders_sailer import masks_padding
 
 if TYPE_CHECKING:
     from sailer.modeling_sailer import SailerForAudioClassification
@@ -336,6 +337,7 @@ def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator) -
         _plain(config.audio_config),
         config.audio_layers != "last",
         config.attend_to_padding,
+        masks_padding(config.audio_config),
         processor.feature_extractor.to_dict(),
         processor.audio_padding,
         collator.max_seconds,
