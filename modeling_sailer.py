@@ -202,8 +202,7 @@ class SailerModel(SailerPreTrainedModel):
     @property
     def embedding_size(self) -> int:
         """Width of the fused embedding."""
-        text = self.config.text_config
-        return self.config.hidden_size + (text.hidden_size if text is not None else 0)
+        return self.config.hidden_size + getattr(self.config.text_config, "hidden_size", 0)
 
     def train(self, mode: bool = True) -> SailerModel:
         """What is frozen of the towers stays in eval mode: no dropout, no SpecAugment. So does the audio tower's batch
