@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+LOWEST := .venv-lowest
 BENCHMARKS ?= $(sort $(wildcard benchmarks/*.py))
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 # One thread per process: with more the tests that start two processes take twenty times as long.
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
 
-.PHONY: demo test slow style bench clean
+.PHONY: demo test slow lowest style bench clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
@@ -20,6 +22,9 @@ test: $(STAMP)  ## run the fast tests; make test TESTS="tests/test_losses.py -k 
 slow: $(VENV)/installed-all  ## run the tests that take over ten seconds each or need another extra than dev
 	$(PYTEST) -m slow $(TESTS)
 
+lowest: $(LOWEST)/installed  ## run the fast tests with the lowest versions that setup.cfg allows, but torch as in constraints.txt
+	$(TEST_ENVIRONMENT) $(LOWEST)/bin/python -m pytest -m "not slow" $(TESTS)
+
 style: $(STAMP)  ## check the style and the format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,7 +33,7 @@ bench: $(STAMP)  ## run the benchmarks; make bench BENCHMARKS=benchmarks/inferen
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; TOKENIZERS_PARALLELISM=false $(BIN)/python $$script; done
 
 clean:  ## remove what the other targets made, .venv too
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here; install Python 3.11 or later, or: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -43,4 +48,14 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 # An extra of setup.cfg on top of dev.
 $(VENV)/installed-%: $(STAMP)
 	$(PIP_INSTALL) '.[dev,$*]'
+	@touch $@
+
+# What uv resolves serves pip as constraints: a CPU build of torch then stays without the CUDA packages that uv lists for it.
+$(LOWEST)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check uv
+	grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra dev --constraint $(LOWEST)/torch.txt \
+		--python $(LOWEST)/bin/python --output-file $(LOWEST)/versions.txt setup.cfg
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -c $(LOWEST)/versions.txt -e '.[dev]'
 	@touch $@
