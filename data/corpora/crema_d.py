@@ -53,14 +53,10 @@ def load(
     """Columns of the canonical row per split, from the released folders AudioWAV (or AudioMP3) and processedResults.
 
     Votes are those of the raters who heard the voice alone, and emoVote is the label (a tie is no agreement). By
-    default 71 actors train, and five women and five men each are for validation and test.
+    default 71 actors train, and five women and five men each are for validation and test. For the
+    parameters of every loader see `sailer.data.corpora`.
 
     Args:
-        path: the corpus's folder.
-        label_set: the primary emotions.
-        audio: False loads the labels alone.
-        strict: raise on a row or recording that cannot be used; False counts it instead.
-        report: counts what is left out.
         train_actors, validation_actors, test_actors: actor numbers of each split, as a list or as "1001-1010,1020"; no
             actor may be in two.
         exclude: clips whose recording is left out; by default the one that is silent.

@@ -58,14 +58,11 @@ def load(
 
     The acted emotion is the label. The 20 listeners' votes for it are the share in erkennung.txt; what the others
     chose is not published, and `spread` says where their votes go. Boredom is no class of most label sets: it counts
-    as Other. By default six actors train, and a woman and a man each are for validation and test.
+    as Other. By default six actors train, and a woman and a man each are for validation and test. Labels alone are
+    those of the files in wav, or else of those that erkennung.txt lists. For the parameters of every loader see
+    `sailer.data.corpora`.
 
     Args:
-        path: the corpus's folder.
-        label_set: the primary emotions.
-        audio: False loads the labels alone, of the files in wav or else of those that erkennung.txt lists.
-        strict: raise on a row or recording that cannot be used; False counts it instead.
-        report: counts what is left out.
         train_actors, validation_actors, test_actors: actor numbers of each split, as a list or as "3,8-11"; no actor
             may be in two.
         spread: "uniform" divides the votes of the listeners who did not recognise the emotion over the corpus's six

@@ -54,14 +54,13 @@ def load(
     The acted emotion is the label and stands as the one vote: the release has no single raters. Calm counts as
     Neutral unless the label set has a class "Calm"; an emotion outside the label set counts as "Other". Songs, video,
     further copies of a clip and actors of no split are left out and counted; clips of an actor that hold the same
-    recording (there is such a pair of actor 07) are kept and noted.
+    recording (there is such a pair of actor 07) are kept and noted. For the other parameters of every
+    loader see `sailer.data.corpora`.
 
     Args:
         path: the folder that holds the Actor_XX folders, at any depth.
-        label_set: the primary emotions.
         audio: False takes the labels from the file names and opens no file; durations are then unknown.
         strict: raise on an audio file that cannot be read, has another name, or an emotion without a class.
-        report: counts what is left out.
         train_actors, validation_actors, test_actors: actor numbers of each split, as a list or as "1-8,11"; no actor
             may be in two. By default actors 21 to 24 are in none.
 
