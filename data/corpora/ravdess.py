@@ -79,13 +79,13 @@ def load(
     clips = [clip for clip in clips if classes[clip.emotion] is not None]
     durations = [float("nan")] * len(clips)
     if audio:
-        durations = read_durations([clip.path for clip in clips], strict=strict, report=report)
-        clips = [clip for clip, duration in zip(clips, durations, strict=True) if duration is not None]
-        durations = [duration for duration in durations if duration is not None]
+        found = read_durations([clip.path for clip in clips], strict=strict, report=report)
+        clips = [clip for clip, duration in zip(clips, found, strict=True) if duration is not None]
+        durations = [duration for duration in found if duration is not None]
         _note_equal_recordings(clips, durations, report)
 
     labels = np.array([classes[clip.emotion] for clip in clips], dtype=np.int16)
-    columns = {
+    columns: dict[str, Any] = {
         "id": [clip.path.stem for clip in clips],
         "audio": [audio_reference(clip.path) if audio else None for clip in clips],
         "duration": durations,
