@@ -25,15 +25,18 @@ slow: $(VENV)/installed-all  ## run the tests that take over ten seconds each or
 lowest: $(LOWEST)/installed  ## run the fast tests with the lowest versions that setup.cfg allows, but torch as in constraints.txt
 	$(TEST_ENVIRONMENT) $(LOWEST)/bin/python -m pytest -m "not slow" $(TESTS)
 
-style: $(STAMP)  ## check the style and the format
+# The root is the package: through this link the type checker finds it under its name, whatever the folder is called.
+style: $(STAMP)  ## check the style, the format and the types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/sailer
+	$(BIN)/mypy -p sailer
 
 bench: $(STAMP)  ## run the benchmarks; make bench BENCHMARKS=benchmarks/inference.py runs one
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; TOKENIZERS_PARALLELISM=false $(BIN)/python $$script; done
 
 clean:  ## remove what the other targets made, .venv too
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here; install Python 3.11 or later, or: make PYTHON=/path/to/python" >&2; exit 1; }

@@ -1,7 +1,14 @@
 """sailer: emotion recognition in natural speech (SAILER, Interspeech 2025). Public names load on first use."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from sailer.configuration_sailer import SailerConfig
+    from sailer.modeling_sailer import SailerForAudioClassification, SailerModel
+    from sailer.pipeline_sailer import SpeechEmotionPipeline
+    from sailer.processing_sailer import SailerProcessor
+    from sailer.training.trainer import SailerTrainer, SailerTrainingArguments
 
 __version__ = "0.1.0"
 
@@ -15,7 +22,16 @@ _PUBLIC = {
     "SailerTrainingArguments": "training.trainer",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "SailerConfig",
+    "SailerForAudioClassification",
+    "SailerModel",
+    "SailerProcessor",
+    "SailerTrainer",
+    "SailerTrainingArguments",
+    "SpeechEmotionPipeline",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -126,8 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(run: Callable[[argparse.Namespace], Any], usage: str, details: Callable[[], str] | None = None):
-        summary = run.__doc__.split(";")[0].rstrip(".")
+    def add(
+        run: Callable[[argparse.Namespace], Any], usage: str, details: Callable[[], str] | None = None
+    ) -> argparse.ArgumentParser:
+        summary = (run.__doc__ or "").split(";")[0].rstrip(".")
         added = commands.add_parser(
             run.__name__, help=summary, description=f"{summary}.", usage=f"sailer {usage}", add_help=not details
         )
@@ -194,8 +196,8 @@ def _parser() -> argparse.ArgumentParser:
 class _DetailedHelp(argparse.Action):
     """Help that ends with what takes time to look up, and is looked up only when asked for."""
 
-    def __init__(self, *arguments: Any, details: Callable[[], str], **options: Any) -> None:
-        super().__init__(*arguments, nargs=0, default=argparse.SUPPRESS, **options)
+    def __init__(self, option_strings: Sequence[str], dest: str, details: Callable[[], str], **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
         self.details = details
 
     def __call__(self, parser: argparse.ArgumentParser, *ignored: Any) -> None:

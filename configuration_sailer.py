@@ -191,7 +191,8 @@ class SailerConfig(PretrainedConfig):
     @property
     def labels(self) -> list[str]:
         """Primary labels in the order of the logits."""
-        return [self.id2label[i] for i in range(len(self.id2label))]
+        names: Mapping[Any, str] = self.id2label or {}
+        return [names[i] for i in range(len(names))]
 
     def _check(self, heads: Sequence[str], names: list[str]) -> None:
         for option, value, allowed in (

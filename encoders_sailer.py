@@ -187,7 +187,7 @@ def encode_audio(
 def all_hidden_states(outputs: ModelOutput) -> torch.Tensor:
     """(batch, layers, positions, width). The last entry is the tower's output: releases differ in whether the
     recorded one is normalised."""
-    return torch.stack((*outputs.hidden_states[:-1], outputs.last_hidden_state), dim=1)
+    return torch.stack([*outputs["hidden_states"][:-1], outputs["last_hidden_state"]], dim=1)
 
 
 def whisper_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -255,13 +255,14 @@ def load_encoder(
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # unused tensors, a decoder's for one, are none of the user's concern
         try:
-            encoder, report = encoder_class.from_pretrained(
+            loaded: Any = encoder_class.from_pretrained(
                 source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
         finally:
             logging.set_verbosity(verbosity)
     except (OSError, ValueError, KeyError) as error:
         raise _unloadable(source, error) from error
+    encoder, report = loaded
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
     lost = sorted({*report["missing_keys"], *mismatched})
     if lost:
@@ -369,8 +370,9 @@ def _unloadable(source: str | os.PathLike, error: Exception) -> ValueError:
 def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     if config.model_type == "whisper":
         return VariableLengthWhisperEncoder
+    encoders: Any = AutoModel._model_mapping  # transformers says pairs, for what may have a slow and a fast class
     try:
-        return AutoModel._model_mapping[type(config)]
+        return encoders[type(config)]
     except KeyError:
         raise ValueError(f"{config.model_type!r} backbones have no encoder in transformers' AutoModel.") from None
 

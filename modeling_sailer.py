@@ -7,7 +7,7 @@ import inspect
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -45,8 +45,8 @@ class SailerModelOutput(ModelOutput):
     and every layer's output, the last as the encoder gives it.
     """
 
-    embeddings: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -58,20 +58,21 @@ class SailerClassifierOutput(ModelOutput):
     `SailerModelOutput`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    secondary_logits: torch.FloatTensor | None = None
-    attributes: torch.FloatTensor | None = None
-    sex_logits: torch.FloatTensor | None = None
-    age: torch.FloatTensor | None = None
-    embeddings: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    secondary_logits: torch.Tensor | None = None
+    attributes: torch.Tensor | None = None
+    sex_logits: torch.Tensor | None = None
+    age: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class SailerPreTrainedModel(PreTrainedModel):
+    config: SailerConfig
     config_class = SailerConfig
     base_model_prefix = "sailer"
-    input_modalities = ("audio", "text")
+    input_modalities = ["audio", "text"]  # noqa: RUF012 - transformers' own form
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever else a Trainer passes
     _supports_sdpa = True
@@ -87,7 +88,7 @@ class SailerPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
+    ) -> Self:
         """As transformers', from safetensors only: a pickle can run code when it is loaded, and is refused.
 
         Heads that the checkpoint's own configuration does not have (`heads=[...]`) start afresh, which a warning says.
@@ -99,7 +100,7 @@ class SailerPreTrainedModel(PreTrainedModel):
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         source = pretrained_model_name_or_path
         try:
-            model, report = super().from_pretrained(source, *args, **kwargs)
+            loaded: Any = super().from_pretrained(source, *args, **kwargs)
         except OSError as error:
             if "model.safetensors" not in str(error):
                 raise
@@ -110,6 +111,7 @@ class SailerPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The weights of {source} cannot be read ({error}): the file is truncated or damaged; get it again."
             ) from error
+        model, report = loaded
         if report["missing_keys"] and not output_loading_info:
             fresh = cls._new_heads(model, source, kwargs)
             lost = sorted(key for key in report["missing_keys"] if not key.startswith(tuple(fresh)))
@@ -117,7 +119,7 @@ class SailerPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"The weights of {source} lack {lost[:5]}; get the whole file.")
             logger.warning("%s has no heads for %s: they start afresh and want training.", source, ", ".join(fresh))
         model.freeze_towers()  # loading makes new parameters, which want gradients
-        return (model, report) if output_loading_info else model
+        return loaded if output_loading_info else model
 
     @classmethod
     def _new_heads(cls, model: PreTrainedModel, source: Any, options: dict[str, Any]) -> list[str]:
@@ -192,7 +194,7 @@ class SailerModel(SailerPreTrainedModel):
         if config.frame_norm:
             self.audio_frame_norm = nn.BatchNorm1d(width, affine=False)
         self.audio_projection = AudioProjection(width, config.hidden_size, config.conv_dropout)
-        self.text_encoder = None
+        self.text_encoder: PreTrainedModel | None = None
         if config.text_config is not None:
             self.text_encoder = text_encoder or build_encoder(config.text_config)
             self.text_layer_weights = LayerWeights(config.text_config.num_hidden_layers + 1)
@@ -249,20 +251,19 @@ class SailerModel(SailerPreTrainedModel):
         """
         weighted = self.config.audio_layers != "last"
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if audio_hidden_states is None:
+        states, mask = audio_hidden_states, attention_mask
+        if states is None:
             audio = input_features if self.main_input_name == "input_features" else input_values
             if audio is None:
                 raise ValueError(f"This system needs {self.main_input_name} (or audio_hidden_states).")
             states, mask = self.audio_hidden_states(audio, attention_mask)
         elif collect and not weighted:
             raise ValueError("output_hidden_states needs the audio: audio_hidden_states holds the last layer alone.")
-        else:
-            states, mask = audio_hidden_states, attention_mask
         hidden_states = None
         if collect:  # a second pass where the last layer alone is used: an adapter's output is not among the layers
             layers = states if weighted else self.audio_hidden_states(audio, attention_mask, all_layers=True)[0]
             hidden_states = layers.unbind(1)
-        dtype = self.audio_projection[0].weight.dtype
+        dtype = next(self.audio_projection.parameters()).dtype
         states = states.to(dtype)
         if weighted:
             states = self.audio_layer_weights(states)
@@ -312,6 +313,7 @@ class SailerModel(SailerPreTrainedModel):
 
     def text_hidden_states(self, input_ids: torch.Tensor, text_attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Every layer's mean over the transcript's own tokens, (batch, layers, width); zero where there is none."""
+        assert self.text_encoder is not None, "a speech-only system has no text tower"
         if text_attention_mask is None:
             text_attention_mask = torch.ones_like(input_ids)
         visible = text_attention_mask.clone()
@@ -352,7 +354,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         config.check_labels()
         self.sailer = SailerModel(config, audio_encoder, text_encoder)
         self.main_input_name = self.sailer.main_input_name
-        outputs = {"primary": config.num_labels, "secondary": len(config.secondary_labels), "sex": 2, "age": 1}
+        outputs = {"primary": len(config.labels), "secondary": len(config.secondary_labels), "sex": 2, "age": 1}
         sizes = {head: outputs[head] for head in config.heads if head in outputs}
         if "attributes" in config.heads:
             sizes |= dict.fromkeys(ATTRIBUTES, 1)
@@ -417,7 +419,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             return_dict=True,
         )
         embeddings = fused.embeddings
-        if mixup_permutation is not None:
+        if mixup_permutation is not None and mixup_lambda is not None:
             share = mixup_lambda.to(embeddings.dtype).unsqueeze(1)
             embeddings = share * embeddings + (1 - share) * embeddings[mixup_permutation]
 

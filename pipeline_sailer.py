@@ -6,16 +6,17 @@ import difflib
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Pipeline, ProcessorMixin, pipeline
+from transformers import Pipeline, pipeline
 from transformers.utils import logging
 
 from .audio_sailer import MINIMUM_SECONDS, load_audio
-from .configuration_sailer import ATTRIBUTES
+from .configuration_sailer import ATTRIBUTES, SailerConfig
+from .processing_sailer import SailerProcessor
 from .windows_sailer import Clip, at_least, cut_windows, run_ahead
 
 logger = logging.get_logger(__name__)
@@ -53,12 +54,16 @@ class SpeechEmotionPipeline(Pipeline):
         TypeError: unknown option (the message names the nearest).
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    model: Any  # a SailerForAudioClassification, whose file imports this one
+    processor: SailerProcessor
 
-    def __init__(self, model: Any, processor: ProcessorMixin | None = None, **kwargs: Any) -> None:
+    # Any, because a Pipeline's own are None.
+    _load_processor: Any = True
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
+    _load_tokenizer: Any = False
+
+    def __init__(self, model: Any, processor: SailerProcessor | None = None, **kwargs: Any) -> None:
         if processor is None:
             raise ValueError("The pipeline needs processor=SailerProcessor.from_pretrained(...) beside the model.")
         self._transcribers: dict[str, Callable] = {}
@@ -66,7 +71,7 @@ class SpeechEmotionPipeline(Pipeline):
         super().__init__(model=model, processor=processor, **kwargs)
         self.model.eval()
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # options by name alone
         self,
         inputs: Any,
         batch_size: int | None = None,
@@ -140,9 +145,9 @@ class SpeechEmotionPipeline(Pipeline):
         Yields:
             A `Clip` per recording, in the order given; `error` is set where a recording cannot be used.
         """
-        batch_size = at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
+        size = at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
         workers = at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
-        return self._encode(items, batch_size, workers, self._preprocess_params | options)
+        return self._encode(items, size, workers, self._preprocess_params | options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess = ("chunk_length_s", "stride_length_s", "transcriber")
@@ -164,7 +169,7 @@ class SpeechEmotionPipeline(Pipeline):
             {name: options[name] for name in postprocess if name in options},
         )
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]  # a Clip holds more than the model's inputs
         self,
         inputs: Any,
         chunk_length_s: float | None = None,
@@ -203,10 +208,10 @@ class SpeechEmotionPipeline(Pipeline):
             text=text,
         )
 
-    def _forward(self, model_inputs: Mapping[str, torch.Tensor]) -> Any:
+    def _forward(self, model_inputs: Mapping[str, torch.Tensor]) -> Any:  # type: ignore[override]  # as above
         return self.model(**model_inputs, output_hidden_states=False, return_dict=True)
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]  # as above
         self,
         model_outputs: Clip,
         top_k: int | None = None,
@@ -285,8 +290,8 @@ class SpeechEmotionPipeline(Pipeline):
     def _texts(
         self, batch: list[tuple[Clip, int]], waveforms: list[np.ndarray], transcriber: Callable | None
     ) -> list[str]:
-        untold = [row for row, (clip, _) in enumerate(batch) if clip.text is None and transcriber is not None]
-        if untold:
+        untold = [row for row, (clip, _) in enumerate(batch) if clip.text is None]
+        if untold and transcriber is not None:
             rate = self.processor.sampling_rate
             sources = [{"raw": waveforms[row], "sampling_rate": rate} for row in untold]
             for row, result in zip(untold, transcriber(sources, batch_size=len(sources)), strict=True):
@@ -343,7 +348,8 @@ class SpeechEmotionPipeline(Pipeline):
         return values | {"embedding": outputs["embeddings"]}
 
     def _describe(self, values: dict[str, torch.Tensor], top_k: int | None, transcript: str | None) -> dict[str, Any]:
-        config, described = self.model.config, {}
+        config: SailerConfig = self.model.config
+        described: dict[str, Any] = {}
         if "primary" in values:
             scores = dict(zip(config.labels, values["primary"].tolist(), strict=True))
             described["primary"] = _ranked(scores)[:top_k]
@@ -369,7 +375,7 @@ def _is_one_recording(inputs: Any) -> bool:
 
 
 def _iterate(inputs: Any) -> Iterable[Any]:
-    if isinstance(inputs, Sized) and not isinstance(inputs, Iterable):
+    if hasattr(inputs, "__len__") and not isinstance(inputs, Iterable):
         return (inputs[index] for index in range(len(inputs)))  # a map-style torch dataset
     return inputs
 

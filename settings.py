@@ -276,7 +276,7 @@ def option_help() -> str:
 class _RecipeLoader(yaml.SafeLoader):
     """Safe YAML in which 5e-4 is a number, `no` and `off` are words, and no option stands twice."""
 
-    yaml_implicit_resolvers: typing.ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

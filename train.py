@@ -6,13 +6,14 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
@@ -205,6 +206,7 @@ def load_system(
                 f"{list(label_set.labels)}: name the same labels in the same order."
             )
         return model, SailerProcessor.from_pretrained(model_settings.base_model)
+    assert audio is not None, "ModelSettings has a backbone where it has no base model"
     model = SailerForAudioClassification.from_audio_text_pretrained(
         audio,
         text,
@@ -219,14 +221,14 @@ def load_system(
 
 def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str | Path | None:
     """`name`, or for one of the tiny backbones the folder below `folder` where it is, made there if it is not yet."""
-    make = {
+    makers: dict[str, Callable[[Path], Path]] = {
         "tiny-whisper": tiny_backbones.make_tiny_whisper,
         "tiny-wavlm": tiny_backbones.make_tiny_wavlm,
         "tiny-text": partial(tiny_backbones.make_tiny_text, texts=train_rows["transcript"]),
-    }.get(name)
-    if make is None:
+    }
+    if name is None or name not in makers:
         return name
-    return folder / name if (folder / name).is_dir() else make(folder / name)
+    return folder / name if (folder / name).is_dir() else makers[name](folder / name)
 
 
 def fit(
@@ -277,7 +279,8 @@ def cache_features(
     collator = SailerCollator(
         system.processor, system.label_set, system.model.config.heads, max_seconds=settings.model.max_seconds
     )
-    system.model.to(settings.training.device).eval()
+    model: torch.nn.Module = system.model  # whose own `to` says nothing of devices
+    model.to(settings.training.device).eval()
     with settings.training.main_process_first(local=False, desc="keeping features"):
         return FeatureStore.build(
             system.model,
@@ -303,8 +306,8 @@ def try_out(folder: Path, rows: Dataset, clips: int = 3) -> None:
     labels = np.asarray(rows["label"])
     _, first = np.unique(labels, return_index=True)
     chosen = [int(i) for i in sorted(first) if labels[i] >= 0][:clips] or list(range(min(clips, len(rows))))
-    classifier = pipeline(model=str(folder), trust_remote_code=True)
-    names = list(classifier.model.config.id2label.values())
+    classifier = pipeline(None, model=str(folder), trust_remote_code=True)
+    names = classifier.model.config.labels
     print(f"\npipeline(model={str(folder)!r}, trust_remote_code=True) on unseen clips:")
     for row in (rows[i] for i in chosen):
         source = row["audio"]["path"] or row["audio"]["bytes"]

@@ -6,10 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+Number = TypeVar("Number", int, float)
 
 SHORTEST_LAST_WINDOW = 1.0
 
@@ -69,7 +71,7 @@ def run_ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int
             yield pending.popleft().result()
 
 
-def at_least(option: str, value: float, least: float) -> float:
+def at_least(option: str, value: Number, least: float) -> Number:
     """`value`; raises ValueError by the option's name where it is less than `least`."""
     if not value >= least:
         raise ValueError(f"{option} is {value}; it must be at least {least}.")

@@ -73,7 +73,7 @@ class SailerCollator:
         if "attributes" in self.heads:
             batch["attribute_labels"] = _floats([_attributes(item) for item in items])
         if "sex" in self.heads:
-            known = {label: position for position, label in enumerate(SEX_LABELS)}
+            known: dict[object, int] = {label: position for position, label in enumerate(SEX_LABELS)}
             batch["sex_labels"] = torch.tensor([known.get(_shared(item, "sex"), UNKNOWN_SEX) for item in items])
         if "age" in self.heads:
             batch["age_labels"] = _floats([np.nan if (age := _shared(item, "age")) is None else age for item in items])

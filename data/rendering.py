@@ -47,7 +47,8 @@ def render(item: Item, sampling_rate: int, max_seconds: float) -> np.ndarray:
     waveforms = [_decode(clip, sampling_rate, max_seconds) for clip in clips]
     if len(waveforms) == 1:
         return waveforms[0]
-    return mix(*waveforms, gap=round(gap * sampling_rate), limit=int(max_seconds * sampling_rate))
+    first, second = waveforms
+    return mix(first, second, gap=round(gap * sampling_rate), limit=int(max_seconds * sampling_rate))
 
 
 def mix(first: np.ndarray, second: np.ndarray, gap: int, limit: int | None = None) -> np.ndarray:

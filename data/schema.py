@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ class CorpusError(ValueError):
     """A corpus, file or row that cannot be read as asked; the message names it and the way out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class LabelSet:
     """The primary emotions of a system: all of them, the majority classes, and the classes that are scored.
 
@@ -40,17 +41,20 @@ class LabelSet:
         CorpusError: a duplicate label, or a majority or scored class that is not among the labels.
     """
 
-    labels: tuple[str, ...] = PRIMARY_LABELS
-    majority: tuple[str, ...] = MAJORITY_LABELS
-    scored: tuple[str, ...] | None = None
+    labels: tuple[str, ...]
+    majority: tuple[str, ...]
+    scored: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        for name in ("labels", "majority", "scored"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
-        if self.scored is None:
-            object.__setattr__(self, "scored", tuple(label for label in self.labels if label != "Other"))
+    def __init__(
+        self,
+        labels: Sequence[str] = PRIMARY_LABELS,
+        majority: Sequence[str] = MAJORITY_LABELS,
+        scored: Sequence[str] | None = None,
+    ) -> None:
+        if scored is None:
+            scored = [label for label in labels if label != "Other"]
+        for name, value in (("labels", labels), ("majority", majority), ("scored", scored)):
+            object.__setattr__(self, name, tuple(value))
         if len(set(self.labels)) != len(self.labels) or not self.labels:
             raise CorpusError(f"The label set {list(self.labels)} is empty or names a class twice.")
         for name in ("majority", "scored"):
@@ -157,8 +161,7 @@ def build_dataset(columns: Mapping[str, Sequence[Any] | np.ndarray], label_set: 
     if unequal:
         raise CorpusError(f"{len(ids)} ids but other columns have other lengths: {unequal}.")
     if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(value for value in ids if value in seen or seen.add(value))
+        twice = next(value for value, count in Counter(ids).items() if count > 1)
         raise CorpusError(f"Clip id {twice!r} occurs twice: ids must be unique within a split.")
 
     labels = np.asarray(columns.get("label", np.full(len(ids), UNLABELLED)), dtype=np.int16).reshape(-1)
@@ -181,7 +184,7 @@ def build_dataset(columns: Mapping[str, Sequence[Any] | np.ndarray], label_set: 
             raise CorpusError(f"Clip {ids[row]!r} has an impossible {name} vector {values[row].tolist()}.")
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), type=pa.float32()), width)
 
-    def scalars(name: str, default: Any) -> Sequence[Any]:
+    def scalars(name: str, default: Any) -> Sequence[Any] | np.ndarray:
         return columns.get(name, [default] * len(ids))
 
     audio = [item or {"path": None, "bytes": None} for item in scalars("audio", None)]

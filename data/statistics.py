@@ -191,7 +191,7 @@ def _number(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.3f}".replace("-0.000", "0.000")
 
 
-def _share(known: Callable[[_Rows], np.ndarray]) -> Callable[[_Rows], str]:
+def _share(known: Callable[[_Rows], np.ndarray | np.bool]) -> Callable[[_Rows], str]:
     return lambda rows: f"{100 * np.mean(known(rows)):.1f} %"
 
 

@@ -135,7 +135,8 @@ def _recognised(
     """Ids and texts of each batch of the rows that have a recording."""
     for start in range(0, len(rows), batch_size):
         batch = dataset.select(rows[start : start + batch_size])
-        clips, inputs = [], []
+        clips: list[str] = []
+        inputs: list[dict[str, Any]] = []
         for clip, audio in zip(batch["id"], batch["audio"], strict=True):
             if audio["path"] or audio["bytes"]:
                 try:
@@ -161,5 +162,5 @@ def _pipeline(model: str, device: str | int | None) -> Transcriber:
 
 
 def _name(transcriber: Transcriber) -> str:
-    model = getattr(transcriber, "model", None)
-    return getattr(model, "name_or_path", None) or getattr(transcriber, "__name__", type(transcriber).__name__)
+    model_name = getattr(getattr(transcriber, "model", None), "name_or_path", "")
+    return model_name or getattr(transcriber, "__name__", type(transcriber).__name__)

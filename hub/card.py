@@ -70,7 +70,7 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
     from huggingface_hub import ModelCardData
     from jinja2 import UndefinedError
 
-    optional = {
+    optional: dict[str, Any] = {
         "synthetic": False,
         "baselines": {},
         "training": {},
@@ -195,6 +195,6 @@ def _number(value: float | None) -> str:
 
 
 def _is_hub_id(name: str | None) -> bool:
-    return bool(name and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)) and not (
-        name.startswith("tiny-") or Path(name).exists()
-    )
+    if name is None or name.startswith("tiny-") or Path(name).exists():
+        return False
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None

@@ -93,11 +93,11 @@ def convert(
         raise ConversionError(f"{folder}: {error}") from error
     with torch.device("meta"):
         model = SailerForAudioClassification(config)
-    model.load_state_dict(_read_tensors(folder, settings, model, lora), assign=True)
+    model.load_state_dict(_read_tensors(folder, settings, model, backbone, lora), assign=True)
 
     with replacing_folder(destination) as folder:
         model.save_pretrained(folder)
-        _processor(config).save_pretrained(folder)
+        _processor(backbone).save_pretrained(folder)
         told = Path(source).resolve().name if Path(source).is_dir() else str(source)
         render_converted_card(told, config, destination.name, folder / "README.md")
     return destination
@@ -223,27 +223,25 @@ def _attributes_only(settings: dict[str, Any]) -> bool:
     return "predict_gender" in settings or settings["output_class_num"] != len(PRIMARY_LABELS)
 
 
-def _processor(config: SailerConfig) -> SailerProcessor:
-    if config.audio_config.model_type == "whisper":
-        extractor = WhisperFeatureExtractor(
-            feature_size=config.audio_config.num_mel_bins, chunk_length=WHISPER_SECONDS
-        )
+def _processor(backbone: PretrainedConfig) -> SailerProcessor:
+    if backbone.model_type == "whisper":
+        extractor = WhisperFeatureExtractor(feature_size=backbone.num_mel_bins, chunk_length=WHISPER_SECONDS)
         return SailerProcessor(extractor, audio_padding="max_length")
     return SailerProcessor(Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=True))
 
 
 def _read_tensors(
-    folder: Path, settings: dict[str, Any], model: SailerForAudioClassification, lora: str
+    folder: Path, settings: dict[str, Any], model: SailerForAudioClassification, backbone: PretrainedConfig, lora: str
 ) -> dict[str, torch.Tensor]:
     """Our model's state, in float32, from their file; every tensor of it is accounted for."""
     path = folder / "model.safetensors"
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    sources = {name: _source_name(name, model.config) for name in shapes}
-    adapted = _adapted_weights(settings, model.config)
+    sources = {name: _source_name(name, backbone) for name in shapes}
+    adapted = _adapted_weights(settings, backbone)
     try:
         with safe_open(path, framework="pt") as file:
             stored = {_modern_name(name): name for name in file.keys()}  # noqa: SIM118 - not a dict
-            _check_names(path, stored, {*sources.values(), *adapted}, settings, model.config)
+            _check_names(path, stored, {*sources.values(), *adapted}, settings, backbone)
             state, factors = {}, {}
             for name, source in sources.items():
                 tensor = file.get_tensor(stored[source]).float()
@@ -297,13 +295,13 @@ def _are_merged(weights: dict[str, torch.Tensor], factors: dict[str, torch.Tenso
     return merged
 
 
-def _source_name(name: str, config: SailerConfig) -> str:
-    if name == "sailer.audio_encoder.embed_positions.weight" and config.audio_config.model_type == "whisper":
+def _source_name(name: str, backbone: PretrainedConfig) -> str:
+    if name == "sailer.audio_encoder.embed_positions.weight" and backbone.model_type == "whisper":
         return "embed_positions"
     for ours, theirs in PARTS.items():
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
-    tower = "backbone_model.encoder." if config.audio_config.model_type == "whisper" else "backbone_model."
+    tower = "backbone_model.encoder." if backbone.model_type == "whisper" else "backbone_model."
     return tower + name.removeprefix("sailer.audio_encoder.")
 
 
@@ -312,24 +310,24 @@ def _modern_name(name: str) -> str:
     return f"{prefix}.{OLD_NAMES[last]}" if last in OLD_NAMES else name
 
 
-def _adapted_weights(settings: dict[str, Any], config: SailerConfig) -> set[str]:
+def _adapted_weights(settings: dict[str, Any], backbone: PretrainedConfig) -> set[str]:
     """Names of the LoRA factors: both feed-forward matrices of every layer whose index is above half their number."""
     if settings.get("finetune_method") not in ("lora", "combined"):
         return set()
-    layers = config.audio_config.num_hidden_layers
+    layers = backbone.num_hidden_layers
     return {
         f"backbone_model.encoder.layers.{index}.{matrix}.lora_{side}"
         for index in range(layers // 2 + 1, layers)
-        for matrix in LORA_LAYERS[config.audio_config.model_type]
+        for matrix in LORA_LAYERS[backbone.model_type]
         for side in "AB"
     }
 
 
 def _check_names(
-    path: Path, stored: Iterable[str], needed: set[str], settings: dict[str, Any], config: SailerConfig
+    path: Path, stored: Iterable[str], needed: set[str], settings: dict[str, Any], backbone: PretrainedConfig
 ) -> None:
     unused: tuple[str, ...] = ()
-    if config.audio_config.model_type == "whisper":
+    if backbone.model_type == "whisper":
         unused += ("backbone_model.decoder.", "backbone_model.encoder.embed_positions.weight", "weights")
     if _attributes_only(settings):
         unused += ("emotion_layer.", "detailed_out_layer.")

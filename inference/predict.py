@@ -76,7 +76,9 @@ class PredictionSettings:
 
 def main(command: argparse.Namespace) -> int:
     """`sailer predict`: 1 if a recording could not be used, else 0."""
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(command).items()}
+    given: dict[str, Any] = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(command).items()
+    }
     names = [field.name for field in dataclasses.fields(PredictionSettings)]
     settings = PredictionSettings(**{name: given[name] for name in names if name in given})
     options = inspect.signature(predict).parameters
@@ -121,7 +123,7 @@ def predict(
     """
     output = Path(output)
     format = format or FORMATS.get(output.suffix)
-    if format not in FORMATS.values():
+    if format is None or format not in FORMATS.values():
         raise PredictionError(f"The format of {output} is not known: end it in {list(FORMATS)}, or give --format.")
     files = find_recordings(paths)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -238,9 +240,9 @@ class RowFile:
             rows = [row for row in rows if row["file"] in keep]
         self.files = {row["file"] for row in rows}
         self.failed = {row["file"] for row in rows if row.get("error")}
-        header = [self.columns] if format == "csv" else []
+        lines: list[Mapping[str, Any] | Sequence[str]] = [self.columns, *rows] if format == "csv" else [*rows]
         with replacing(path) as beside:
-            beside.write_text("".join(map(self._line, [*header, *rows])), encoding="utf-8", newline="")
+            beside.write_text("".join(map(self._line, lines)), encoding="utf-8", newline="")
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write rows at once, so that no interruption loses them."""
@@ -342,7 +344,7 @@ def plot_timeline(
         results: of each window, as the pipeline's `return_all=True` gives them.
         path: PNG to write.
     """
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
     from matplotlib.figure import Figure
 
     panels = [panel for panel in ("primary", "attributes") if panel in results[0]]
@@ -355,7 +357,7 @@ def plot_timeline(
         labels = sorted(series[0]) if panel == "primary" else list(ATTRIBUTES)
         values = [[row[label] for row in series] for label in labels]
         if panel == "primary":
-            axes.stackplot(times, values, labels=labels, colors=colormaps["tab10"].colors, alpha=0.85)
+            axes.stackplot(times, values, labels=labels, colors=color_sequences["tab10"], alpha=0.85)
             axes.set_ylabel("probability")
         else:
             for label, line in zip(labels, values, strict=True):

@@ -1,5 +1,6 @@
 """Corpora by name: what `load_corpus` finds, hands over and refuses."""
 
+import dataclasses
 import inspect
 import logging
 from pathlib import Path
@@ -14,9 +15,21 @@ SMALL = {"audio": False, "train_clips": 12, "validation_clips": 6, "test_clips_p
 
 @pytest.mark.parametrize("name", corpus_names())
 def test_every_loader_takes_what_it_is_given(name: str) -> None:
-    parameters = inspect.signature(_loader(name).load).parameters
-    assert set(COMMON_ARGUMENTS) <= set(parameters)
-    assert all(parameters[option].kind is inspect.Parameter.KEYWORD_ONLY for option in corpus_options(name))
+    loader = _loader(name)
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(loader.load).parameters.items()}
+    assert set(COMMON_ARGUMENTS) <= set(kinds)
+    shared = dataclasses.fields(loader.SHARED_OPTIONS) if hasattr(loader, "SHARED_OPTIONS") else ()
+    own = set(corpus_options(name)) - {option.name for option in shared}
+    assert {kinds[option] for option in own} == {inspect.Parameter.KEYWORD_ONLY}
+    assert bool(shared) == (inspect.Parameter.VAR_KEYWORD in kinds.values())
+
+
+def test_options_of_several_loaders_are_known_to_each() -> None:
+    shared = {"columns": None, "attribute_scale": (1, 7), "minimum_seconds": 0.0}
+    assert shared.items() <= corpus_options("manifest").items()
+    assert shared.items() <= corpus_options("hub").items()
+    assert set(corpus_options("manifest")) - set(corpus_options("hub")) == {"delimiter"}
+    assert set(corpus_options("hub")) - set(corpus_options("manifest")) == {"subset", "revision"}
 
 
 def test_helper_modules_are_no_corpora() -> None:

@@ -1,5 +1,6 @@
 """The root is the package: what is installed, what it costs to import, and what make says on a bare machine."""
 
+import ast
 import configparser
 import os
 import re
@@ -37,6 +38,7 @@ ROOMS = ("data", "hub", "inference", "training")
 WANTED = re.compile(
     rf"""sailer/({"|".join(sorted(ROOT_MODULES))})\.py
     | sailer/(data/(corpora/|synthetic/)?|hub/|inference/|training/)\w+\.py
+    | sailer/py\.typed
     | sailer/recipes/\w+\.yaml
     | sailer/backbone_configs/[\w-]+\.json
     | sailer/model_cards/\w+\.md\.jinja
@@ -72,7 +74,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_card_templates_and_noth
     sources += [
         path.relative_to(ROOT) for path in (*ROOT.glob("recipes/*.yaml"), *ROOT.glob("backbone_configs/*.json"))
     ]
-    sources += [path.relative_to(ROOT) for path in ROOT.glob("model_cards/*.jinja")]
+    sources += [path.relative_to(ROOT) for path in ROOT.glob("model_cards/*.jinja")] + [Path("py.typed")]
     assert sorted(f"sailer/{path.as_posix()}" for path in sources) == sorted(
         n for n in names if n.startswith("sailer/")
     )
@@ -132,6 +134,15 @@ def test_public_names_are_all_there() -> None:
     assert set(sailer.__all__) <= set(dir(sailer))
     with pytest.raises(AttributeError, match="no attribute 'SailerModle'"):
         sailer.SailerModle  # noqa: B018
+
+
+def test_type_checkers_see_the_names_that_load_on_first_use() -> None:
+    import sailer
+
+    (block,) = (node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    seen = {name.name: found.module for found in block.body for name in found.names}
+    assert seen == {name: f"sailer.{module}" for name, module in sailer._PUBLIC.items()}
+    assert {*seen, "__version__"} == set(sailer.__all__)
 
 
 def test_no_root_module_hides_another_package() -> None:

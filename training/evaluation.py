@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from scipy.special import log_softmax, logsumexp
-from transformers.trainer_utils import PredictionOutput
 
 from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer, SailerTrainingArguments
 from sailer.atomic import replacing
@@ -23,6 +22,7 @@ from sailer.training.calibration import fit_temperature, natural_probabilities
 from sailer.training.losses import ObjectiveSettings, SailerObjective
 from sailer.training.metrics import decisions, distribution_metrics, emotion_report, majority_class_f1
 from sailer.training.plots import plot_confusion
+from sailer.training.trainer import SplitPrediction
 
 # What `summary` shows of a split's figures, if it has them.
 SUMMARY = {
@@ -107,7 +107,7 @@ def predict(
     rows: Dataset,
     label_set: LabelSet,
     batch_size: int = 8,
-) -> PredictionOutput:
+) -> SplitPrediction:
     """A system's outputs on canonical rows, the targets beside them, and `emotion_report` under keys with "test_"."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = SailerTrainingArguments(folder, per_device_eval_batch_size=batch_size)
@@ -132,7 +132,7 @@ def baselines(
     return found
 
 
-def calibrate(model: SailerForAudioClassification, validation: PredictionOutput) -> None:
+def calibrate(model: SailerForAudioClassification, validation: SplitPrediction) -> None:
     """Fit the natural prior's temperature on the validation set's soft labels and keep it in the model's config."""
     if "logits" in validation.predictions:
         distributions = validation.label_ids["labels"]
@@ -143,7 +143,7 @@ def calibrate(model: SailerForAudioClassification, validation: PredictionOutput)
             )
 
 
-def calibration_report(model: SailerForAudioClassification, prediction: PredictionOutput) -> dict[str, float]:
+def calibration_report(model: SailerForAudioClassification, prediction: SplitPrediction) -> dict[str, float]:
     """KL, JS and calibration error to the annotators under the natural prior, at temperature 1 and as fitted."""
     report: dict[str, float] = {}
     if "logits" not in prediction.predictions:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -31,6 +31,8 @@ from sailer.encoders_sailer import masks_padding
 
 if TYPE_CHECKING:
     from sailer.modeling_sailer import SailerForAudioClassification
+
+Key = TypeVar("Key", bound=Hashable)
 
 # A pass that is cut short loses at most this much: finished shards are found again.
 SHARD_BYTES = 2**30
@@ -84,14 +86,14 @@ class FeatureStore:
             CorpusError: two clips of the same id, or a clip that cannot be read.
         """
         config = model.config
-        keep_text = config.text_config is not None and config.freeze_text
-        if not (config.freeze_audio or keep_text):
+        text_config = config.text_config if config.freeze_text else None
+        if not (config.freeze_audio or text_config):
             raise ValueError("No tower is frozen, so no features can be kept: set cache_features to off.")
         if dtype not in DTYPES:
             raise ValueError(f"feature_dtype is {dtype!r}; choose one of {list(DTYPES)}.")
         shelf = _Shelf(None if folder is None else Path(folder), DTYPES[dtype])
         places, contents, transcripts = _renderings(datasets, collator.max_seconds)
-        audio = text = None
+        audio = text = no_transcript = None
         if config.freeze_audio:
             mark = _audio_mark(model, collator)
             audio = {key: _digest(mark, dtype, content) for key, content in contents.items()}
@@ -100,15 +102,13 @@ class FeatureStore:
             shelf.add(
                 batches, sum(place.seconds for place in missing.values()), what=f"{len(missing)} clips and mixes"
             )
-        if keep_text:
+        if text_config is not None:
             mark = _text_mark(model, collator)
             text = {transcript: _digest(mark, dtype, transcript) for transcript in transcripts}
-            missing = {name: transcript for transcript, name in text.items() if name not in shelf}
-            batches = _text_batches(model, collator, missing, shelf.dtype, batch_size)
-            shelf.add(batches, len(missing), what=f"{len(missing)} transcripts")
-        no_transcript = None
-        if keep_text:
-            width = (config.text_config.num_hidden_layers + 1, config.text_config.hidden_size)
+            untold = {name: transcript for transcript, name in text.items() if name not in shelf}
+            batches = _text_batches(model, collator, untold, shelf.dtype, batch_size)
+            shelf.add(batches, len(untold), what=f"{len(untold)} transcripts")
+            width = (text_config.num_hidden_layers + 1, text_config.hidden_size)
             no_transcript = torch.zeros(width, dtype=shelf.dtype)
         return cls(shelf, audio, text, no_transcript)
 
@@ -135,7 +135,7 @@ class FeatureStore:
                 [pad(state, (0, 0, 0, max(frames) - own)) for state, own in zip(states, frames, strict=True)]
             )
             batch["attention_mask"] = (torch.arange(max(frames)) < torch.tensor(frames).unsqueeze(1)).long()
-        if self._text is not None:
+        if self._text is not None and self._no_transcript is not None:
             batch["text_hidden_states"] = torch.stack(
                 [self._shelf[_known(self._text, text)] if text else self._no_transcript for text in transcripts]
             )
@@ -184,12 +184,12 @@ class _Shelf:
                 self._check_room(total / amount * _size(tensors), what)
             pending |= tensors
             if self.folder is not None and _size(pending) >= SHARD_BYTES:
-                self._write(pending)
+                self._write(self.folder, pending)
                 pending = {}
         if self.folder is None:
             self._tensors |= pending
         elif pending:
-            self._write(pending)
+            self._write(self.folder, pending)
         self._open()
 
     def _check_room(self, needed: float, what: str) -> None:
@@ -204,8 +204,8 @@ class _Shelf:
             )
         tqdm.write(f"Features of {what}: {size}, {_readable(free)} free", file=sys.stderr)
 
-    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
-        with replacing(self.folder / f"{uuid.uuid4().hex}.safetensors") as beside:
+    def _write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        with replacing(folder / f"{uuid.uuid4().hex}.safetensors") as beside:
             save_file(tensors, beside)
 
     def _open(self) -> None:
@@ -214,7 +214,7 @@ class _Shelf:
         self._files = {name: shard for shard in opened for name in shard.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _known(names: Mapping[Hashable, str], key: Hashable) -> str:
+def _known(names: Mapping[Key, str], key: Key) -> str:
     if key not in names:
         raise ValueError(f"No features were kept of {key!r}: build the store from every dataset that is to be run.")
     return names[key]
@@ -255,13 +255,15 @@ def _renderings(
     contents: dict[RenderingKey, str] = {}
     transcripts: dict[str, None] = {}
     for dataset in datasets:
-        planned = isinstance(dataset, PlannedDataset)
-        rows = dataset.dataset if planned else dataset
+        if isinstance(dataset, PlannedDataset):
+            rows, renderings = dataset.dataset, dataset.renderings()
+        else:
+            rows, renderings = dataset, [(row, -1, 0.0) for row in range(len(dataset))]
         narrow = rows.select_columns(["id", "audio", "transcript", "duration"])
         clips = list(tqdm(map(_identify, narrow), total=len(rows), desc="Identifying clips", leave=False))
-        for first, second, gap in dataset.renderings() if planned else ((row, -1, 0.0) for row in range(len(rows))):
+        for first, second, gap in renderings:
             heard = (first,) if second < 0 else (first, second)
-            item = {"clips": [clips[clip] for clip in heard], "gap": gap}
+            item: Item = {"clips": [clips[clip] for clip in heard], "gap": gap}
             key = rendering_key(item)
             content = _digest([clips[clip]["audio"] for clip in heard], gap)
             if contents.setdefault(key, content) != content:
@@ -350,12 +352,12 @@ def _text_mark(model: SailerForAudioClassification, collator: SailerCollator) ->
     return _digest(_plain(model.config.text_config), tokenizer.get_vocab(), *_weights(model.sailer.text_encoder))
 
 
-def _plain(config: PretrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+def _plain(config: PretrainedConfig | None) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name != "_name_or_path"} if config else {}
 
 
-def _weights(tower: torch.nn.Module) -> Iterator[bytes]:
-    for tensor in tower.state_dict().values():
+def _weights(tower: torch.nn.Module | None) -> Iterator[memoryview]:
+    for tensor in tower.state_dict().values() if tower is not None else ():
         yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -157,6 +157,7 @@ class SailerObjective(nn.Module):
         It is w of the target weighting times prior ** -tau of the logit adjustment; all ones if neither is used.
         """
         loss = self.components["primary"]
+        assert isinstance(loss, DistributionLoss)
         weights = torch.ones(number_of_labels) if loss.label_weights is None else loss.label_weights
         return weights if loss.adjustment is None else weights * torch.exp(-loss.adjustment)
 
@@ -182,6 +183,9 @@ class DistributionLoss(nn.Module):
         ValueError: weights or prior are needed but missing, negative, not finite or all 0.
     """
 
+    label_weights: Tensor | None
+    adjustment: Tensor | None
+
     def __init__(
         self,
         objective: Objective = "kl",
@@ -192,13 +196,18 @@ class DistributionLoss(nn.Module):
         label_prior: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        if target_weighting != "none" and label_weights is None:
-            raise ValueError(f"target_weighting={target_weighting!r} needs label_weights (see losses.label_weights).")
-        if logit_adjustment and label_prior is None:
-            raise ValueError("logit_adjustment_train needs label_prior (see losses.label_prior).")
         self.objective, self.target_weighting, self.focal_gamma = objective, target_weighting, focal_gamma
-        weights = None if target_weighting == "none" else _class_vector(label_weights, "label_weights").float()
-        adjustment = (logit_adjustment * log_prior(label_prior)).float() if logit_adjustment else None
+        weights = adjustment = None
+        if target_weighting != "none":
+            if label_weights is None:
+                raise ValueError(
+                    f"target_weighting={target_weighting!r} needs label_weights (see losses.label_weights)."
+                )
+            weights = _class_vector(label_weights, "label_weights").float()
+        if logit_adjustment:
+            if label_prior is None:
+                raise ValueError("logit_adjustment_train needs label_prior (see losses.label_prior).")
+            adjustment = (logit_adjustment * log_prior(label_prior)).float()
         self.register_buffer("label_weights", weights, persistent=False)
         self.register_buffer("adjustment", adjustment, persistent=False)
 

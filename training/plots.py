@@ -31,13 +31,13 @@ def plot_confusion(labels: Sequence[int], predictions: Sequence[int], names: Seq
     Raises:
         ValueError: unequal lengths, or an index outside `names`.
     """
-    labels, predictions = np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)
-    if labels.shape != predictions.shape:
-        raise ValueError(f"{labels.size} labels but {predictions.size} predictions.")
-    both = np.concatenate([labels, predictions])
+    true, predicted = np.asarray(labels, dtype=int), np.asarray(predictions, dtype=int)
+    if true.shape != predicted.shape:
+        raise ValueError(f"{true.size} labels but {predicted.size} predictions.")
+    both = np.concatenate([true, predicted])
     if both.size and not 0 <= both.min() <= both.max() < len(names):
         raise ValueError(f"A class index is outside 0 to {len(names) - 1}, the classes {list(names)}.")
-    counts = np.bincount(labels * len(names) + predictions, minlength=len(names) ** 2).reshape(len(names), -1)
+    counts = np.bincount(true * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
     figure, (axes,) = _figure(1, width=2.2 + 0.75 * len(names), height=1.8 + 0.62 * len(names))

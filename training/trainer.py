@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -34,7 +35,7 @@ class SailerTrainingArguments(TrainingArguments):
     `sailer.training.metrics.emotion_report`; its direction follows from the metric.
     """
 
-    output_dir: str | None = "outputs"
+    output_dir: str = "outputs"
     learning_rate: float = 5e-4
     backbone_learning_rate: float | None = None
     num_train_epochs: float = 15
@@ -45,12 +46,13 @@ class SailerTrainingArguments(TrainingArguments):
     save_strategy: str = "epoch"
     logging_strategy: str = "epoch"
     save_total_limit: int | None = 1
-    load_best_model_at_end: bool | None = True
+    load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "macro_f1"
     remove_unused_columns: bool = False
     label_names: list[str] | None = field(default_factory=lambda: list(TARGETS))
     report_to: str | list[str] | None = "none"
-    resume_from_checkpoint: str | bool | None = None  # true: the last one of an interrupted run
+    # True, which Trainer.train takes too: the last one of an interrupted run.
+    resume_from_checkpoint: str | bool | None = None  # type: ignore[assignment]
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,14 @@ class SailerTrainingArguments(TrainingArguments):
             name = self.metric_for_best_model.removeprefix("eval_")
             self.greater_is_better = greater_is_better(name) and not name.startswith("loss")
         super().__post_init__()
+
+
+class SplitPrediction(NamedTuple):
+    """What a system says of a split: outputs and targets by name, (clips, ...) each, and figures by name."""
+
+    predictions: dict[str, np.ndarray]
+    label_ids: dict[str, np.ndarray]
+    metrics: dict[str, float]
 
 
 class SailerTrainer(Trainer):
@@ -86,6 +96,8 @@ class SailerTrainer(Trainer):
         trainer_arguments: as `transformers.Trainer` takes them.
     """
 
+    args: SailerTrainingArguments
+    model: torch.nn.Module
     # The loss is the mean over a batch's rows: Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
@@ -104,7 +116,7 @@ class SailerTrainer(Trainer):
         # Kept from Trainer, which would align the special tokens of a text generator with its tokenizer.
         self.processor = processing_class
         super().__init__(model, args, **trainer_arguments)
-        self.objective = objective.to(self.args.device)
+        self.objective: SailerObjective = objective.to(self.args.device)
         self.label_set = label_set or LabelSet()
         self.manifold_mixup = manifold_mixup
         self.evaluation_collator = evaluation_collator or self.data_collator
@@ -171,10 +183,10 @@ class SailerTrainer(Trainer):
             self._component_sums, self._component_batches = {}, 0
         super().log(logs, start_time)
 
-    def prediction_step(
+    def prediction_step(  # type: ignore[override]  # outputs by name, which Trainer gathers as it does tensors
         self,
         model: torch.nn.Module,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -187,11 +199,19 @@ class SailerTrainer(Trainer):
         predictions = {name: value.float() for name, value in outputs.items() if name not in ("loss", "embeddings")}
         return None, predictions, targets
 
+    def predict(  # type: ignore[override]  # the same three fields, by name
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> SplitPrediction:
+        """Trainer's, with what it returns by name."""
+        output: Any = super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        return SplitPrediction(*output)
+
     def report(self, prediction: EvalPrediction) -> dict[str, float]:
         """`emotion_report` of a split, and the plain (not re-weighted) losses over it."""
         from sailer.training.metrics import concordance_metrics, emotion_report
 
-        outputs, targets = prediction.predictions, prediction.label_ids
+        outputs: Any = prediction.predictions
+        targets: Any = prediction.label_ids
         self.objective.eval()
         tensors = [
             {name: torch.as_tensor(value, device=self.args.device) for name, value in values.items()}

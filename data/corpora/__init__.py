@@ -1,11 +1,22 @@
 """Corpora by name: `load_corpus(name, path, **options)` reads one into canonical rows (see `sailer.data.schema`).
 
 A loader is a module of this package with `load(path, *, label_set, audio, strict, report, **options)`, which returns
-split -> columns for `build_dataset`, or rows that are canonical already; dropping the module in registers it.
+split -> columns for `build_dataset`, or rows that are canonical already; dropping the module in registers it. To every
+loader
+
+- path is the corpus's folder, unless it says otherwise;
+- label_set has the primary emotions that are wanted;
+- audio is False where the labels alone are;
+- strict has it raise on a row or recording that cannot be used, where it would else leave it out and count it;
+- report counts what is left out, and takes notes.
+
+The other parameters are its own options. Options of several loaders are a dataclass that each names as its
+`SHARED_OPTIONS` and takes by keyword.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pkgutil
 from collections.abc import Iterable
@@ -19,7 +30,7 @@ from sailer.data.schema import CorpusError, CorpusReport, LabelSet, build_datase
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-# What every loader is given; the other parameters of its `load` are the corpus's own options.
+# What every loader is given.
 COMMON_ARGUMENTS = ("path", "label_set", "audio", "strict", "report")
 _HELPERS = ("audio_files", "files", "mapping", "msp_labels", "splits")
 
@@ -85,8 +96,12 @@ def corpus_names() -> list[str]:
 
 def corpus_options(name: str) -> dict[str, Any]:
     """The options of one corpus and their defaults (`inspect.Parameter.empty` where one must be given)."""
-    parameters = inspect.signature(_loader(name).load).parameters
-    return {key: value.default for key, value in parameters.items() if key not in COMMON_ARGUMENTS}
+    loader = _loader(name)
+    parameters = inspect.signature(loader.load).parameters.values()
+    own = [(option.name, option.default) for option in parameters if option.kind is not option.VAR_KEYWORD]
+    shared = dataclasses.fields(loader.SHARED_OPTIONS) if hasattr(loader, "SHARED_OPTIONS") else ()
+    options = [*((option.name, option.default) for option in shared), *own]
+    return {option: default for option, default in options if option not in COMMON_ARGUMENTS}
 
 
 def label_indices(emotions: Iterable[str], label_set: LabelSet, report: CorpusReport) -> dict[str, int | None]:

@@ -82,14 +82,14 @@ def read_durations(
             unit="file",
             disable=not progress,
         )
-        for name, (seconds, problem) in zip(names or sources, results, strict=True):
+        for name, (seconds, problem) in zip(names or map(str, sources), results, strict=True):
             if problem and strict:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise CorpusError(
                     f"Audio file {name} is {problem}. Replace it, or load with strict=False to leave such files out."
                 )
             if problem:
-                report.leave_out(f"audio file {problem}", str(name))
+                report.leave_out(f"audio file {problem}", name)
             durations.append(seconds)
     return durations
 

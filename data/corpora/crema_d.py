@@ -53,14 +53,10 @@ def load(
     """Columns of the canonical row per split, from the released folders AudioWAV (or AudioMP3) and processedResults.
 
     Votes are those of the raters who heard the voice alone, and emoVote is the label (a tie is no agreement). By
-    default 71 actors train, and five women and five men each are for validation and test.
+    default 71 actors train, and five women and five men each are for validation and test. For the
+    parameters of every loader see `sailer.data.corpora`.
 
     Args:
-        path: the corpus's folder.
-        label_set: the primary emotions.
-        audio: False loads the labels alone.
-        strict: raise on a row or recording that cannot be used; False counts it instead.
-        report: counts what is left out.
         train_actors, validation_actors, test_actors: actor numbers of each split, as a list or as "1001-1010,1020"; no
             actor may be in two.
         exclude: clips whose recording is left out; by default the one that is silent.
@@ -90,9 +86,8 @@ def load(
         name: [] for name in ("id", "votes", "label", "transcript", "speaker", "sex", "age", "split")
     }
     rows = list(_voice_rows(problems))
-    for clip, counts, published in rows:
-        name = _NAME.fullmatch(clip)
-        actor = int(name["actor"])
+    for name, counts, published in rows:
+        clip, actor = name[0], int(name["actor"])
         if actor not in split_of:
             report.leave_out("its actor is in no split", clip)
             continue
@@ -109,7 +104,7 @@ def load(
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     if audio:
-        columns = _with_audio(path, columns, exclude, {clip for clip, *_ in rows}, problems)
+        columns = _with_audio(path, columns, exclude, {name[0] for name, *_ in rows}, problems)
     return by_split(columns, columns.pop("split"))
 
 
@@ -130,8 +125,8 @@ def _with_audio(
     return take_rows(columns, rows)
 
 
-def _voice_rows(problems: Problems) -> Iterator[tuple[str, dict[str, float], str]]:
-    """Clip, votes by emotion code, and the published codes of the stimuli that were voice alone."""
+def _voice_rows(problems: Problems) -> Iterator[tuple[re.Match[str], dict[str, float], str]]:
+    """Clip name, votes by emotion code, and the published codes of the stimuli that were voice alone."""
     rows = read_rows(problems.source, problems.report)
     header = next(rows, (0, [""]))[1]
     if header[0].startswith("version https://git-lfs"):
@@ -165,7 +160,7 @@ def _voice_rows(problems: Problems) -> Iterator[tuple[str, dict[str, float], str
             recomputed = _plurality(counts)
             published = "".join(code for code in fields.get("emoVote", "").split(":") if code in EMOTIONS)
             differing += bool(published) and sorted(published) != sorted(recomputed)
-            yield clip, counts, published or recomputed
+            yield name, counts, published or recomputed
     problems.report.note(
         f"emoVote differs from the plurality of the votes for {differing} of {len(first)} clips; it is the label."
     )

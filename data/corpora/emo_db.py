@@ -58,14 +58,11 @@ def load(
 
     The acted emotion is the label. The 20 listeners' votes for it are the share in erkennung.txt; what the others
     chose is not published, and `spread` says where their votes go. Boredom is no class of most label sets: it counts
-    as Other. By default six actors train, and a woman and a man each are for validation and test.
+    as Other. By default six actors train, and a woman and a man each are for validation and test. Labels alone are
+    those of the files in wav, or else of those that erkennung.txt lists. For the parameters of every loader see
+    `sailer.data.corpora`.
 
     Args:
-        path: the corpus's folder.
-        label_set: the primary emotions.
-        audio: False loads the labels alone, of the files in wav or else of those that erkennung.txt lists.
-        strict: raise on a row or recording that cannot be used; False counts it instead.
-        report: counts what is left out.
         train_actors, validation_actors, test_actors: actor numbers of each split, as a list or as "3,8-11"; no actor
             may be in two.
         spread: "uniform" divides the votes of the listeners who did not recognise the emotion over the corpus's six
@@ -93,12 +90,12 @@ def load(
         absent = len(set(shares) - set(files))
         if shares and absent:
             report.note(f"erkennung.txt rates {absent} more clips than there are recordings.")
-    clips = _clips(list(files) or ([] if audio else list(shares)), folder, split_of, positions, strict, report)
+    names = _clips(list(files) or ([] if audio else list(shares)), folder, split_of, positions, strict, report)
+    clips = [name[0] for name in names]
     unrated = [clip for clip in clips if clip not in shares]
     if unrated:
         report.note(f"{len(unrated)} clips have no share of listeners: the acted emotion is their one vote.")
 
-    names = [_NAME.fullmatch(clip) for clip in clips]
     emotions = [EMOTIONS[name["emotion"]] for name in names]
     actors = [int(name["actor"]) for name in names]
     columns: dict[str, Any] = {
@@ -130,10 +127,10 @@ def _clips(
     positions: Mapping[str, int | None],
     strict: bool,
     report: CorpusReport,
-) -> list[str]:
+) -> list[re.Match[str]]:
     """The names that are EMO-DB clips of a split and a class; the rest is counted or refused."""
     problems = Problems(folder, strict, report)
-    clips = []
+    found = []
     for clip in names:
         name = _NAME.fullmatch(clip)
         if name is None or int(name["actor"]) not in ACTORS or name["sentence"] not in SENTENCES:
@@ -143,10 +140,10 @@ def _clips(
         elif positions[EMOTIONS[name["emotion"]]] is None:
             report.leave_out("its label is dropped by label_names", clip)
         else:
-            clips.append(clip)
+            found.append(name)
     if not names:
         raise CorpusError(f"No recordings in {folder}. Give the folder of EMO-DB that holds wav and erkennung.txt.")
-    return clips
+    return found
 
 
 def _votes(

@@ -19,12 +19,12 @@ class Problems:
     """What is wrong in one source of labels: raised if `strict`, else counted in the report.
 
     Args:
-        source: the file or dataset that messages name.
+        source: the file, folder or dataset that messages name.
         strict: raise on the first problem.
         report: counts them otherwise.
     """
 
-    source: str | Path
+    source: Path
     strict: bool
     report: CorpusReport
 
@@ -34,7 +34,7 @@ class Problems:
             raise CorpusError(
                 f"{self.source}, {where}: {what}. Correct it, or load with strict=False, which counts it instead."
             )
-        self.report.leave_out(f"{reason} ({Path(self.source).name})", where)
+        self.report.leave_out(f"{reason} ({self.source.name})", where)
 
 
 def decode_text(data: bytes) -> tuple[str, bool]:

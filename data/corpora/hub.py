@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from datasets.exceptions import DatasetsError
 
 from sailer.data.corpora.audio_files import read_durations
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings
-from sailer.data.corpora.mapping import TableReader
+from sailer.data.corpora.mapping import TableOptions, TableReader
 from sailer.data.corpora.splits import assign_splits, chosen, split_name, take_rows
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet, build_dataset, canonical_features
 
 READS_FOLDER = False
+SHARED_OPTIONS = TableOptions
 # Written beside the rows by `sailer data --output_dir`.
 LABEL_SET_FILE = "label_set.json"
 
@@ -43,89 +45,73 @@ def load(
     audio: bool,
     strict: bool,
     report: CorpusReport,
-    columns: Mapping[str, Any] | None = None,
-    rows: str | None = None,
-    label_names: Mapping[Any, str | None] | None = None,
-    attribute_scale: Sequence[float] = (1, 7),
-    split_names: Mapping[Any, str] | None = None,
-    split_fractions: Mapping[str, float] | None = None,
-    audio_folder: str | Path | None = None,
     subset: str | None = None,
     revision: str | None = None,
-    splits: Sequence[str] | str | None = None,
-    minimum_seconds: float = 0.0,
+    **table_options: Any,
 ) -> dict[str, Dataset]:
     """Canonical rows per split, from a dataset id, a folder of `save_to_disk`, or one that `load_dataset` reads.
 
     A folder of canonical rows (what `sailer data --output_dir` writes) needs no mapping; its recordings are not opened
-    again. The columns of any other are named as for the corpus `manifest`, see there. Recordings inside the dataset
-    stay where they are on disk.
+    again. The columns of any other are named as for the corpus `manifest`. Recordings inside the dataset stay where
+    they are on disk. For the other parameters see `sailer.data.corpora`.
 
     Args:
         path: dataset id or folder.
         label_set: the primary emotions; canonical rows must have been written with the same.
-        audio: False loads the labels alone.
-        strict: raise on a row or recording that cannot be used; False counts it instead.
-        report: counts what is left out.
-        columns, rows, label_names, attribute_scale, split_names, split_fractions: as for `manifest`. Without a column
-            of splits the dataset's own splits are taken.
-        audio_folder: what recordings given as paths are relative to; by default the dataset's folder.
         subset: the dataset's configuration, where it has several.
         revision: branch, tag or commit of a dataset on the Hub.
-        splits: which to load; by default all.
-        minimum_seconds: leave out shorter clips.
+        **table_options: see `TableOptions`. Without a column of splits the dataset's own splits are taken; recordings
+            given as paths are by default relative to the dataset's folder.
 
     Raises:
         CorpusError: a dataset that cannot be loaded, another label set, a mapping that does not fit it, or what
             `strict` refuses.
     """
+    if path is None:
+        raise CorpusError("Corpus 'hub' is read from a dataset id or a folder: give one of them.")
+    options = TableOptions(**table_options)
+    columns, fractions, seconds = options.columns, options.split_fractions, options.minimum_seconds
     source = _open(path, subset, revision)
     problems = Problems(path, strict, report)
     if columns is None and all(set(part.features) == set(canonical_features(label_set)) for part in source.values()):
-        if rows or label_names or split_names or split_fractions:
+        if options.rows or options.label_names or options.split_names or fractions:
             raise CorpusError(
                 f"{path} holds canonical rows already: leave out the options that map columns and labels."
             )
         _check_label_set(path, source, label_set)
-        parts = {split: source[split] for split in chosen(list(source), splits)}
-        return {split: _canonical(part, audio, minimum_seconds, problems) for split, part in parts.items()}
+        canonical = {split: source[split] for split in chosen(list(source), options.splits)}
+        return {split: _canonical(part, audio, seconds, problems) for split, part in canonical.items()}
 
     has_column = any("split" in (part.column_names if columns is None else columns) for part in source.values())
-    if split_fractions and len(source) > 1:
+    if fractions and len(source) > 1:
         raise CorpusError(f"{path} has the splits {list(source)}: leave out split_fractions.")
     own: dict[str, str] = {}
-    if not (has_column or split_fractions):
-        own = {split: _own_split(split, split_names, len(source)) for split in source}
-        wanted = chosen(sorted(set(own.values())), splits)
+    if not (has_column or fractions):
+        own = {split: _own_split(split, options.split_names, len(source)) for split in source}
+        wanted = chosen(sorted(set(own.values())), options.splits)
         source = DatasetDict({split: part for split, part in source.items() if own[split] in wanted})
     parts: dict[str, list[Dataset]] = defaultdict(list)
     for split, dataset in source.items():
-        reader = TableReader(
-            table=_Columns(dataset),
-            columns=columns,
-            rows=rows,
-            label_set=label_set,
-            problems=problems,
-            where=lambda row, split=split: f"split {split}, row {row}",
-            label_names=label_names,
-            attribute_scale=attribute_scale,
-            split_names=split_names,
-        )
+        table = _Columns(dataset)
+        reader = TableReader(table, options, label_set, problems, where=partial(_place, split))
         clips, named, first_rows = reader.read()
         if own:
             clips["split"] = [own[split]] * len(first_rows)
         else:
-            clips["split"] = assign_splits(named, clips["speaker"], has_column, split_fractions, report)
+            clips["split"] = assign_splits(named, clips["speaker"], has_column, fractions, report)
         if audio:
-            folder = Path(audio_folder or path).expanduser()
-            merged, assigned = _with_audio(clips, first_rows, reader, folder, minimum_seconds)
+            merged, assigned = _with_audio(clips, first_rows, reader, table, path)
         else:
             assigned = clips.pop("split")
             merged = build_dataset(clips, label_set)
         for name in dict.fromkeys(assigned):
             indices = [row for row, other in enumerate(assigned) if other == name]
             parts[name].append(merged.select(indices) if len(indices) < len(merged) else merged)
-    return {name: concatenate_datasets(parts[name]) for name in chosen(sorted(parts), splits)}
+    return {name: concatenate_datasets(parts[name]) for name in chosen(sorted(parts), options.splits)}
+
+
+def _place(split: str, row: int) -> str:
+    return f"split {split}, row {row}"
 
 
 class _Columns(Mapping[str, list[Any]]):
@@ -163,10 +149,8 @@ def _is_recording(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and {field.name for field in kind} == {"path", "bytes"}
 
 
-def _open(path: Path | None, subset: str | None, revision: str | None) -> DatasetDict:
+def _open(path: Path, subset: str | None, revision: str | None) -> DatasetDict:
     """The dataset with its recordings left encoded."""
-    if path is None:
-        raise CorpusError("Corpus 'hub' is read from a dataset id or a folder: give one of them.")
     folder = path.expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -217,18 +201,19 @@ def _class_name(value: Any, feature: Any) -> Any:
 
 
 def _with_audio(
-    clips: dict[str, Any], first_rows: list[int], reader: TableReader, folder: Path, minimum_seconds: float
+    clips: dict[str, Any], first_rows: list[int], reader: TableReader, table: _Columns, path: Path
 ) -> tuple[Dataset, list[str]]:
     """Canonical rows of the clips whose recording can be used, and the split of each."""
+    minimum_seconds = reader.options.minimum_seconds
     if "audio" not in reader.columns:
         raise CorpusError(
             f"{reader.problems.source} has no column said to be audio: name it in `columns`, or pass audio=False."
         )
-    column = reader.table.arrow(reader.columns["audio"])
+    column = table.arrow(reader.columns["audio"])
     if not _is_recording(column.type):
-        values = reader.table[reader.columns["audio"]]
+        values = table[reader.columns["audio"]]
         names = [str(values[row] or "") for row in first_rows]
-        index = FileIndex(folder)
+        index = FileIndex(Path(reader.options.audio_folder or path).expanduser())
         rows = attach_recordings(clips, names, index, minimum_seconds=minimum_seconds, problems=reader.problems)
         clips = take_rows(clips, rows)
         assigned = clips.pop("split")
@@ -250,7 +235,7 @@ def _with_audio(
     recordings = Dataset(
         pa.table({"audio": stored}),
         info=DatasetInfo(features=Features({"audio": canonical_features(reader.label_set)["audio"]})),
-        fingerprint=f"{reader.table.dataset._fingerprint}-recordings",
+        fingerprint=f"{table.dataset._fingerprint}-recordings",
     )
     kept = [first_rows[row] for row in rows]
     if kept != list(range(len(recordings))):
@@ -271,7 +256,7 @@ def _canonical_audio(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, kind)
 
 
-def _source(recording: pa.StructScalar) -> str | memoryview:
+def _source(recording: pa.StructScalar) -> str | bytes | memoryview:
     data = recording["bytes"]
     return memoryview(data.as_buffer()) if data.is_valid else recording["path"].as_py() or b""
 

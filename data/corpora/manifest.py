@@ -6,16 +6,16 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings, read_text
-from sailer.data.corpora.mapping import TableReader
+from sailer.data.corpora.mapping import TableOptions, TableReader
 from sailer.data.corpora.splits import assign_splits, by_split, take_rows
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet
 
 READS_FOLDER = False
+SHARED_OPTIONS = TableOptions
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -26,89 +26,47 @@ def load(
     audio: bool,
     strict: bool,
     report: CorpusReport,
-    columns: Mapping[str, Any] | None = None,
-    rows: str | None = None,
-    label_names: Mapping[Any, str | None] | None = None,
-    attribute_scale: Sequence[float] = (1, 7),
-    split_names: Mapping[Any, str] | None = None,
-    split_fractions: Mapping[str, float] | None = None,
-    audio_folder: str | Path | None = None,
     delimiter: str | None = None,
-    splits: Sequence[str] | str | None = None,
-    minimum_seconds: float = 0.0,
+    **table_options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Columns of the canonical row per split, from one table whose columns a small mapping names.
 
-        columns:
-          audio: file                # the recording, relative to the table
-          transcript: text
-          label: emotion             # the clip's class; or, in rows per annotation, the annotator's answer
-          votes: {Angry: n_angry, Sad: n_sad}   # or one column that lists the annotators' answers
-          secondary: others          # a list, or names separated by commas, semicolons or bars
-          attributes: {arousal: act, valence: val, dominance: dom}
-          speaker: who
-          split: part
-        label_names: {ang: Angry, xxx: no agreement, oth: null}
-        attribute_scale: [1, 5]
-
-    A clip with a label but no votes gets one vote for it; one with votes but no label gets their plurality.
+    A clip with a label but no votes gets one vote for it; one with votes but no label gets their plurality. Labels
+    match in any case and spacing. For the other parameters see `sailer.data.corpora`.
 
     Args:
         path: the table, or a folder that holds exactly one.
-        label_set: the primary emotions; labels match in any case and spacing.
-        audio: False loads the labels alone.
-        strict: raise on a row or recording that cannot be used; False counts it instead.
-        report: counts what is left out.
-        columns: canonical key -> column, of id, audio, duration, transcript, label, votes, secondary, attributes,
-            speaker, sex, age, split and annotator. By default the columns that bear these names.
-        rows: "clip" or "annotation" for one row per annotator's answer; by default the latter if an annotator column
-            is named.
-        label_names: names in the table -> label, "no agreement", or null to leave such clips and votes out.
-        attribute_scale: the lowest and highest rating.
-        split_names: names in the table -> train, validation, test, ...
-        split_fractions: without a split column, the share of clips of each split but train, such as
-            {validation: 0.1, test: 0.1}; no speaker is in two. By default all clips are in train.
-        audio_folder: what the recordings' paths are relative to, and may not leave; by default the table's folder.
         delimiter: of a CSV or TSV file, instead of a comma or tab.
-        splits: which to load; by default all.
-        minimum_seconds: leave out shorter clips.
+        **table_options: see `TableOptions`.
 
     Raises:
         CorpusError: no such table, a mapping that does not fit it, or what `strict` refuses; the message names the
             line, the value and the known ones.
     """
+    options = TableOptions(**table_options)
     file = _table_file(path)
     problems = Problems(file, strict, report)
     table, lines = _read(file, delimiter, problems)
     unit = "row" if file.suffix.lower() == ".parquet" else "line"
-    reader = TableReader(
-        table=table,
-        columns=columns,
-        rows=rows,
-        label_set=label_set,
-        problems=problems,
-        where=lambda row: f"{unit} {lines[row]}",
-        label_names=label_names,
-        attribute_scale=attribute_scale,
-        split_names=split_names,
-    )
+    reader = TableReader(table, options, label_set, problems, where=lambda row: f"{unit} {lines[row]}")
     if audio and "audio" not in reader.columns:
         raise CorpusError(
             f"{file} has no column said to be audio: name it in `columns`, or pass audio=False for the labels alone."
         )
     clips, split, first_rows = reader.read()
-    clips["split"] = assign_splits(split, clips["speaker"], "split" in reader.columns, split_fractions, report)
+    has_column = "split" in reader.columns
+    clips["split"] = assign_splits(split, clips["speaker"], has_column, options.split_fractions, report)
     if audio:
-        folder = Path(audio_folder or file.parent).expanduser()
+        folder = Path(options.audio_folder or file.parent).expanduser()
         if not folder.is_dir():
             raise CorpusError(f"audio_folder {folder} is not a folder.")
         names = [_relative(str(table[reader.columns["audio"]][row] or "").strip(), folder) for row in first_rows]
         index = FileIndex(folder)
-        kept = attach_recordings(clips, names, index, minimum_seconds=minimum_seconds, problems=problems)
+        kept = attach_recordings(clips, names, index, minimum_seconds=options.minimum_seconds, problems=problems)
         clips = take_rows(clips, kept)
-    elif minimum_seconds > 0:
+    elif options.minimum_seconds > 0:
         raise CorpusError("minimum_seconds needs the recordings: leave it out, or load with audio=True.")
-    return by_split(clips, clips.pop("split"), splits)
+    return by_split(clips, clips.pop("split"), options.splits)
 
 
 def _table_file(path: Path | None) -> Path:

@@ -7,8 +7,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def label_positions(
     Raises:
         CorpusError: `label_names` has a name that the corpus or the label set has not, or a name finds no place.
     """
-    wanted = {name: match_label(name, label_set.labels) or name for name in names}
+    wanted: dict[str, str | None] = {name: match_label(name, label_set.labels) or name for name in names}
     for name, label in (label_names or {}).items():
         if name not in wanted:
             raise CorpusError(f"label_names: {name!r} is none of the corpus's {list(names)}{nearest(name, names)}.")
@@ -71,9 +71,49 @@ def label_positions(
     return {name: None if label is None else indices[label] for name, label in wanted.items()}
 
 
-def check_columns(
-    columns: Mapping[str, Any] | None, present: Sequence[str], source: str
-) -> dict[str, str | dict[str, str]]:
+@dataclass(frozen=True)
+class TableOptions:
+    """The options of a corpus that is read from a table of anyone's making (`manifest`, `hub`):
+
+        columns:
+          audio: file                # the recording, relative to the table
+          transcript: text
+          label: emotion             # the clip's class; or, in rows per annotation, the annotator's answer
+          votes: {Angry: n_angry, Sad: n_sad}   # or one column that lists the annotators' answers
+          secondary: others          # a list, or names separated by commas, semicolons or bars
+          attributes: {arousal: act, valence: val, dominance: dom}
+          speaker: who
+          split: part
+        label_names: {ang: Angry, xxx: no agreement, oth: null}
+        attribute_scale: [1, 5]
+
+    Args:
+        columns: canonical key -> column, of id, audio, duration, transcript, label, votes, secondary, attributes,
+            speaker, sex, age, split and annotator. By default the columns that bear these names.
+        rows: "clip" or "annotation" for one row per annotator's answer; by default the latter if an annotator column
+            is named.
+        label_names: names in the table -> label, "no agreement", or null to leave such clips and votes out.
+        attribute_scale: the lowest and highest rating.
+        split_names: names in the table -> train, validation, test, ...
+        split_fractions: without a split column, the share of clips of each split but train, such as
+            {validation: 0.1, test: 0.1}; no speaker is in two. By default all clips are in train.
+        audio_folder: what the recordings' paths are relative to, and may not leave; by default the table's folder.
+        splits: which to load; by default all.
+        minimum_seconds: leave out shorter clips.
+    """
+
+    columns: Mapping[str, Any] | None = None
+    rows: str | None = None
+    label_names: Mapping[Any, str | None] | None = None
+    attribute_scale: Sequence[float] = (1, 7)
+    split_names: Mapping[Any, str] | None = None
+    split_fractions: Mapping[str, float] | None = None
+    audio_folder: str | Path | None = None
+    splits: Sequence[str] | str | None = None
+    minimum_seconds: float = 0.0
+
+
+def check_columns(columns: Mapping[str, Any] | None, present: Sequence[str], source: str) -> dict[str, Any]:
     """A recipe's `columns` mapping after checking it against the columns that are there.
 
     By default every column that bears the name of a key is taken for it, and columns arousal, valence and dominance
@@ -86,7 +126,7 @@ def check_columns(
         columns = {key: key for key in COLUMN_KEYS if key in present and key != "attributes"}
         attributes = {name: name for name in ATTRIBUTES if name in present}
         columns |= {"attributes": attributes} if attributes else {}
-    named = {"votes": None, "secondary": SECONDARY_LABELS, "attributes": ATTRIBUTES}
+    named = {"votes": (), "secondary": SECONDARY_LABELS, "attributes": ATTRIBUTES}
     for key, value in columns.items():
         if key not in COLUMN_KEYS:
             raise CorpusError(
@@ -97,7 +137,7 @@ def check_columns(
             shape = "a mapping such as {arousal: EmoAct}" if key == "attributes" else "one column"
             raise CorpusError(f"columns: {key} is {value!r}; it takes {shape}.")
         for part, column in parts.items():
-            if named.get(key) and isinstance(value, Mapping) and part not in named[key]:
+            if isinstance(value, Mapping) and named[key] and part not in named[key]:
                 raise CorpusError(f"columns: {key} has no {part!r}{nearest(part, named[key])}; known: {named[key]}.")
             if column not in present:
                 raise CorpusError(
@@ -118,39 +158,37 @@ class TableReader:
 
     Args:
         table: column -> values.
-        columns: canonical key -> column (see `check_columns`); `votes` and `secondary` take one column that lists
-            names, or a mapping of names to columns of counts, `attributes` a mapping of their names to columns.
-        rows: "clip" for one row per clip, "annotation" for one row per annotator's answer to a clip; by default the
-            latter if an annotator column is named.
+        options: how it is read.
         label_set: the primary emotions.
         problems: refuses or counts what cannot be read; it names the table.
         where: names a row in messages.
-        label_names: names in the table -> label, "no agreement", or None to leave such clips and votes out.
-        attribute_scale: the lowest and highest rating.
-        split_names: names in the table -> split.
+
+    Attributes:
+        columns: the options' columns after `check_columns`: `votes` and `secondary` have one column that lists names,
+            or a mapping of names to columns of counts, `attributes` a mapping of their names to columns.
+        rows: "clip" or "annotation".
 
     Raises:
         CorpusError: an impossible mapping or setting.
     """
 
     table: Mapping[str, Sequence[Any]]
-    columns: Mapping[str, Any] | None
-    rows: str | None
+    options: TableOptions
     label_set: LabelSet
     problems: Problems
     where: Callable[[int], str]
-    label_names: Mapping[Any, str | None] | None = None
-    attribute_scale: Sequence[float] = (1, 7)
-    split_names: Mapping[Any, str] | None = None
+    columns: dict[str, Any] = field(init=False)
+    rows: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.columns = check_columns(self.columns, list(self.table), str(self.problems.source))
-        self.rows = self.rows or ("annotation" if "annotator" in self.columns else "clip")
+        self.columns = check_columns(self.options.columns, list(self.table), str(self.problems.source))
+        self.rows = self.options.rows or ("annotation" if "annotator" in self.columns else "clip")
         if self.rows not in ("clip", "annotation"):
             raise CorpusError(f"rows is {self.rows!r}; it is 'clip' or 'annotation'.")
-        if len(self.attribute_scale) != 2 or not float(self.attribute_scale[0]) < float(self.attribute_scale[1]):
-            raise CorpusError(f"attribute_scale is {self.attribute_scale!r}; give the lowest and the highest rating.")
-        self._names = {str(name): label for name, label in (self.label_names or {}).items()}
+        scale = self.options.attribute_scale
+        if len(scale) != 2 or not float(scale[0]) < float(scale[1]):
+            raise CorpusError(f"attribute_scale is {scale!r}; give the lowest and the highest rating.")
+        self._names = {str(name): label for name, label in (self.options.label_names or {}).items()}
         for name, label in self._names.items():
             if label is not None and label != NO_AGREEMENT_NAME:
                 _known_label(name, label, self.label_set)
@@ -161,7 +199,7 @@ class TableReader:
                     f"columns: votes has {name!r}{nearest(name, self.label_set.labels)}, which is no label of "
                     f"{list(self.label_set.labels)}; say with label_names which it is."
                 )
-        self._splits = {str(name): split_name(split) for name, split in (self.split_names or {}).items()}
+        self._splits = {str(name): split_name(split) for name, split in (self.options.split_names or {}).items()}
         self._seen: set[str] = set()
 
     def read(self) -> tuple[dict[str, Any], list[str | None], list[int]]:
@@ -317,7 +355,7 @@ class TableReader:
         return counts
 
     def _attributes(self, row: int) -> list[float]:
-        low, high = map(float, self.attribute_scale)
+        low, high = map(float, self.options.attribute_scale)
         values = []
         for name in ATTRIBUTES:
             column = self.columns.get("attributes", {}).get(name)

@@ -107,7 +107,9 @@ def read_annotations(folder: Path, *, strict: bool, report: CorpusReport) -> Ann
         return None
     problems = Problems(path, strict, report)
     rows = {".csv": _detailed_csv, ".json": _detailed_json, ".txt": _detailed_text}[path.suffix.lower()](problems)
-    clip_of, tag_of, worker_of = {}, {}, {}
+    clip_of: dict[str, int] = {}
+    tag_of: dict[str, int] = {}
+    worker_of: dict[str, int] = {}
     clip, primary, secondary, worker = array("i"), array("b"), array("i"), array("i")
     attributes = tuple(array("f") for _ in range(3))
     tags: list[list[bool]] = []
@@ -156,7 +158,8 @@ def read_consensus(folder: Path, *, strict: bool, report: CorpusReport) -> Conse
     rows = {".csv": _consensus_csv, ".json": _consensus_json, ".txt": _consensus_text}[path.suffix.lower()](problems)
     table = Consensus([], [], [], [], [], [])
     first: dict[str, dict[str, str]] = {}
-    repeated, given = 0, set()
+    given: set[str] = set()
+    repeated = 0
     for file, fields, where in rows:
         given.update(fields)
         name = clip_id(file)

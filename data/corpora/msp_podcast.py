@@ -40,14 +40,10 @@ def load(
     Attributes are the published means, or else the annotators' mean. A clip without annotators keeps its label and
     has no votes; annotators of a clip that the consensus does not list are left out, as its split is unknown. A
     recording is found in any case and audio format. Clips whose Split_Set is NA form the split "unassigned" or, if
-    that is all of them, "train". A missing or empty transcript is "".
+    that is all of them, "train". A missing or empty transcript is "". For the parameters of every loader see
+    `sailer.data.corpora`.
 
     Args:
-        path: the corpus's folder.
-        label_set: the primary emotions.
-        audio: False loads labels and transcripts alone.
-        strict: raise on a malformed row, an impossible number or an unusable recording; False counts it instead.
-        report: counts what is left out.
         splits: which to load, of train, validation, test1, ...; by default all.
         development_extra: move the validation split's Other and no-agreement clips into training (paper, from its
             Table 3 on).

@@ -54,14 +54,13 @@ def load(
     The acted emotion is the label and stands as the one vote: the release has no single raters. Calm counts as
     Neutral unless the label set has a class "Calm"; an emotion outside the label set counts as "Other". Songs, video,
     further copies of a clip and actors of no split are left out and counted; clips of an actor that hold the same
-    recording (there is such a pair of actor 07) are kept and noted.
+    recording (there is such a pair of actor 07) are kept and noted. For the other parameters of every
+    loader see `sailer.data.corpora`.
 
     Args:
         path: the folder that holds the Actor_XX folders, at any depth.
-        label_set: the primary emotions.
         audio: False takes the labels from the file names and opens no file; durations are then unknown.
         strict: raise on an audio file that cannot be read, has another name, or an emotion without a class.
-        report: counts what is left out.
         train_actors, validation_actors, test_actors: actor numbers of each split, as a list or as "1-8,11"; no actor
             may be in two. By default actors 21 to 24 are in none.
 
@@ -80,13 +79,13 @@ def load(
     clips = [clip for clip in clips if classes[clip.emotion] is not None]
     durations = [float("nan")] * len(clips)
     if audio:
-        durations = read_durations([clip.path for clip in clips], strict=strict, report=report)
-        clips = [clip for clip, duration in zip(clips, durations, strict=True) if duration is not None]
-        durations = [duration for duration in durations if duration is not None]
+        found = read_durations([clip.path for clip in clips], strict=strict, report=report)
+        clips = [clip for clip, duration in zip(clips, found, strict=True) if duration is not None]
+        durations = [duration for duration in found if duration is not None]
         _note_equal_recordings(clips, durations, report)
 
     labels = np.array([classes[clip.emotion] for clip in clips], dtype=np.int16)
-    columns = {
+    columns: dict[str, Any] = {
         "id": [clip.path.stem for clip in clips],
         "audio": [audio_reference(clip.path) if audio else None for clip in clips],
         "duration": durations,

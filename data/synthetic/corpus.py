@@ -98,7 +98,7 @@ def make_corpus(
             rng = np.random.default_rng([seed, number, index])
             clip = _draw_clip(outcome, label_set, shares / shares.sum(), annotators, rng)
             speaker = voices[index % len(voices)]
-            row = {"id": f"synthetic-{seed}-{split}-{index:05d}"}
+            row: dict[str, Any] = {"id": f"synthetic-{seed}-{split}-{index:05d}"}
             row |= {"speaker": speaker.name, "sex": speaker.voice.sex, "age": speaker.age}
             row |= _annotations(clip, label_set, rng) | {"transcript": _draw_text(clip, emotional_text, rng)}
             settings = _prosody(clip, speaker, rng)
@@ -121,7 +121,7 @@ def _check_options(label_set: LabelSet, options: Mapping[str, Any]) -> None:
             raise CorpusError(
                 f"Synthetic corpus: {name}={options[name]!r} is not a whole number of at least {minimum}."
             )
-    if not isinstance(options["emotional_text"], Real) or not 0 <= options["emotional_text"] <= 1:
+    if not isinstance(options["emotional_text"], Real) or not 0 <= float(options["emotional_text"]) <= 1:
         raise CorpusError(f"Synthetic corpus: emotional_text={options['emotional_text']!r} is not between 0 and 1.")
     unknown = [label for label in label_set.labels if label not in EMOTIONS]
     if unknown or len(label_set.labels) < 2:
@@ -211,7 +211,7 @@ def _draw_text(clip: _Clip, emotional_text: float, rng: np.random.Generator) -> 
 
 
 def _pick(options: Sequence[str], rng: np.random.Generator) -> str:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _prosody(clip: _Clip, speaker: Speaker, rng: np.random.Generator) -> dict[str, float]:

@@ -6,6 +6,7 @@ import ctypes
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,7 +109,7 @@ class Espeak:
             self._library.espeak_SetVoiceByName(f"{voice.accent}+{self._names[voice]}".encode()), f"the voice {voice}"
         )
 
-    def _synthesize(self, text: str, values: dict[str, float]) -> np.ndarray:
+    def _synthesize(self, text: str, values: Mapping[str, float]) -> np.ndarray:
         for name, value in values.items():
             number, lowest, highest = _PARAMETERS[name]
             bounded = min(max(round(value), lowest), highest)
