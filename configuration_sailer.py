@@ -268,15 +268,12 @@ class SailerConfig(PretrainedConfig):
             raise ValueError(f"trainable_audio_layers is a whole number from 1{there}; got {trainable!r}.")
 
 
-def take_push_options(save_directory: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Of `save_pretrained`'s options, taken out of them: what `push_to_hub` is to be called with afterwards, or None.
+def take_push_options(save_directory: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of a `save_pretrained(push_to_hub=True)`, taken out of them: what `push_to_hub` is called with.
 
-    transformers' own `save_pretrained(push_to_hub=True)` uploads before all of our files are written.
+    transformers' own uploads before all of our files are written: here saving comes first, and pushing after it.
     """
-    wanted = options.pop("push_to_hub", False)
     push = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
-    if not wanted:
-        return None
     return {"repo_id": os.path.basename(os.path.abspath(save_directory))} | push
 
 
@@ -289,7 +286,7 @@ def _relabelled(saved: dict[str, Any], naming: dict[str, Any]) -> dict[str, Any]
     if labels is None and "label2id" in naming:
         labels = sorted(naming["label2id"], key=naming["label2id"].__getitem__)
     if labels is None:
-        labels = before if number == len(before) else [f"LABEL_{index}" for index in range(number)]
+        labels = before if number == len(before) else [f"LABEL_{index}" for index in range(number or 0)]
     if number is not None and number != len(labels):
         raise ValueError(f"num_labels is {number} but {len(labels)} labels are named: {list(labels)}.")
     if list(labels) == before:

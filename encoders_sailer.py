@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -162,7 +163,7 @@ def encode_audio(
     is_whisper = isinstance(encoder, VariableLengthWhisperEncoder)
     frames = audio.shape[-1] if is_whisper else audio.shape[1]
     if attention_mask is None:
-        if is_whisper and frames >= 2 * encoder.max_source_positions:
+        if is_whisper and frames >= 2 * encoder.config.max_source_positions:
             raise ValueError(
                 f"Features of {frames} frames ({frames / 100:.0f} s) came without attention_mask. A feature extractor "
                 "pads to that length, and padding would be taken for speech: use the SailerProcessor, or call the "
@@ -179,7 +180,8 @@ def encode_audio(
         return states, whisper_positions(attention_mask)[:, : states.shape[-2]]
     if masks_padding(encoder.config):
         states = _run(encoder, audio, attention_mask, all_layers)
-        lengths = encoder._get_feat_extract_output_lengths(attention_mask.sum(1))
+        count = _frame_counter(encoder)
+        lengths = count(attention_mask.sum(1))
         return states, _length_mask(lengths, states.shape[-2])
     return _encode_by_length(encoder, audio, attention_mask, all_layers)
 
@@ -213,8 +215,9 @@ def transformer_layers(encoder: PreTrainedModel) -> nn.ModuleList:
 def keep_layers(encoder: PreTrainedModel) -> None:
     """Switch off layer dropping (in training), which would leave no state of a dropped layer to weigh. Whisper's
     encoder records what went past."""
-    for holder in (encoder, encoder.config):
-        if not isinstance(encoder, VariableLengthWhisperEncoder) and getattr(holder, "layerdrop", 0):
+    holders: tuple[Any, ...] = (encoder, encoder.config)
+    for holder in holders:
+        if not isinstance(encoder, VariableLengthWhisperEncoder) and getattr(holder, "layerdrop", None):
             holder.layerdrop = 0.0
 
 
@@ -314,18 +317,23 @@ def _run(
     return _layer_states(config, outputs) if all_layers else outputs.last_hidden_state
 
 
+def _frame_counter(encoder: Any) -> Callable[..., torch.Tensor]:
+    """Samples -> frames, as transformers' speech encoders count them."""
+    return encoder._get_feat_extract_output_lengths
+
+
 def _is_short(encoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
     """Whether SpecAugment's mask, where the encoder has one, is longer than what there is before an adapter."""
     if not hasattr(encoder.config, "mask_time_length"):
         return False
-    count = encoder._get_feat_extract_output_lengths
+    count = _frame_counter(encoder)
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
     return int(count(attention_mask.sum(1), **options).max()) <= encoder.config.mask_time_length
 
 
 def _layer_states(config: PretrainedConfig, outputs: ModelOutput) -> torch.Tensor:
     """(batch, layers, frames, width): of the layers alone where an adapter or an upsampling follows them."""
-    states = outputs.hidden_states
+    states: Any = outputs.get("hidden_states")
     number = None if states is None else len(states)
     if number != config.num_hidden_layers + 1 or len({state.shape for state in states}) > 1:
         shapes = None if states is None else [tuple(state.shape) for state in states]

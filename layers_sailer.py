@@ -1,9 +1,12 @@
-"""What stands between the towers and the outputs, in the order data flows, and the plain loss (paper, section 2)."""
+"""What stands between the towers and the outputs, in the order data flows, the outputs and the plain loss."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 UNKNOWN_LABEL = -100
 
@@ -56,6 +59,37 @@ class PredictionHead(nn.Sequential):
         super().__init__(nn.Linear(width, hidden_size), nn.ReLU(), nn.Linear(hidden_size, outputs))
 
 
+@dataclass
+class SailerModelOutput(ModelOutput):
+    """
+    embeddings (batch, hidden_size [+ text width]): the fused clip embedding that the heads see.
+    hidden_states: with `output_hidden_states`, the speech encoder's, (batch, frames, width) each: its input embedding
+    and every layer's output, the last as the encoder gives it.
+    """
+
+    embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SailerClassifierOutput(ModelOutput):
+    """
+    loss (): plain KL divergence from `labels` to softmax(logits), or cross-entropy of class ids, if labels were given.
+    logits (batch, labels); secondary_logits (batch, secondary labels); attributes (batch, 3): arousal, valence and
+    dominance in [0, 1]; sex_logits (batch, 2); age (batch,) in years; embeddings and hidden_states as in
+    `SailerModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    secondary_logits: torch.Tensor | None = None
+    attributes: torch.Tensor | None = None
+    sex_logits: torch.Tensor | None = None
+    age: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
 def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean over the known clips of the KL divergence from distributions (batch, labels), or of the cross-entropy of
     class ids (batch,)."""
@@ -81,4 +115,13 @@ def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (divergence * known).sum() / known.sum().clamp(min=1)
 
 
-__all__ = ["AudioProjection", "LayerWeights", "PredictionHead", "masked_mean", "plain_loss", "pool_frames"]
+__all__ = [
+    "AudioProjection",
+    "LayerWeights",
+    "PredictionHead",
+    "SailerClassifierOutput",
+    "SailerModelOutput",
+    "masked_mean",
+    "plain_loss",
+    "pool_frames",
+]

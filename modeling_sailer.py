@@ -6,13 +6,12 @@ import difflib
 import inspect
 import os
 import shutil
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
 from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig, take_push_options
 from .encoders_sailer import (
@@ -25,7 +24,16 @@ from .encoders_sailer import (
     speech_width,
     transformer_layers,
 )
-from .layers_sailer import AudioProjection, LayerWeights, PredictionHead, masked_mean, plain_loss, pool_frames
+from .layers_sailer import (
+    AudioProjection,
+    LayerWeights,
+    PredictionHead,
+    SailerClassifierOutput,
+    SailerModelOutput,
+    masked_mean,
+    plain_loss,
+    pool_frames,
+)
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
 
 logger = logging.get_logger(__name__)
@@ -35,37 +43,6 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 # Targets of the auxiliary heads: the loss over them is the training objective's.
 AUXILIARY_LABELS = ("secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years
-
-
-@dataclass
-class SailerModelOutput(ModelOutput):
-    """
-    embeddings (batch, hidden_size [+ text width]): the fused clip embedding that the heads see.
-    hidden_states: with `output_hidden_states`, the speech encoder's, (batch, frames, width) each: its input embedding
-    and every layer's output, the last as the encoder gives it.
-    """
-
-    embeddings: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class SailerClassifierOutput(ModelOutput):
-    """
-    loss (): plain KL divergence from `labels` to softmax(logits), or cross-entropy of class ids, if labels were given.
-    logits (batch, labels); secondary_logits (batch, secondary labels); attributes (batch, 3): arousal, valence and
-    dominance in [0, 1]; sex_logits (batch, 2); age (batch,) in years; embeddings and hidden_states as in
-    `SailerModelOutput`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    secondary_logits: torch.Tensor | None = None
-    attributes: torch.Tensor | None = None
-    sex_logits: torch.Tensor | None = None
-    age: torch.Tensor | None = None
-    embeddings: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class SailerPreTrainedModel(PreTrainedModel):
@@ -136,15 +113,16 @@ class SailerPreTrainedModel(PreTrainedModel):
         Raises:
             NotImplementedError: a speech-only system has none.
         """
-        base = self if isinstance(self, SailerModel) else self.sailer
-        if base.text_encoder is None:
+        base: Any = getattr(self, "sailer", self)
+        text_encoder: PreTrainedModel | None = base.text_encoder
+        if text_encoder is None:
             raise NotImplementedError("This is a speech-only system: it embeds no tokens.")
-        return base.text_encoder.get_input_embeddings()
+        return text_encoder.get_input_embeddings()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers', with a requirements.txt of what loading takes. The weights get the permissions of the
         configuration beside them (safetensors writes files that nobody else can read)."""
-        push = take_push_options(save_directory, kwargs)
+        push = take_push_options(save_directory, kwargs) if kwargs.pop("push_to_hub", False) else None
         super().save_pretrained(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, "requirements.txt"), "w", encoding="utf-8") as file:
             file.writelines(f"{requirement}\n" for requirement in REQUIREMENTS)
@@ -257,12 +235,14 @@ class SailerModel(SailerPreTrainedModel):
             if audio is None:
                 raise ValueError(f"This system needs {self.main_input_name} (or audio_hidden_states).")
             states, mask = self.audio_hidden_states(audio, attention_mask)
+            layers = states
+            if collect and not weighted:  # in a second pass: an adapter's output is not among the layers
+                layers, _ = self.audio_hidden_states(audio, attention_mask, all_layers=True)
         elif collect and not weighted:
             raise ValueError("output_hidden_states needs the audio: audio_hidden_states holds the last layer alone.")
-        hidden_states = None
-        if collect:  # a second pass where the last layer alone is used: an adapter's output is not among the layers
-            layers = states if weighted else self.audio_hidden_states(audio, attention_mask, all_layers=True)[0]
-            hidden_states = layers.unbind(1)
+        else:
+            layers = states
+        hidden_states = layers.unbind(1) if collect else None
         dtype = next(self.audio_projection.parameters()).dtype
         states = states.to(dtype)
         if weighted:

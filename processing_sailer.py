@@ -139,9 +139,11 @@ class SailerProcessor(ProcessorMixin):
         del without.tokenizer
         return super(SailerProcessor, without).to_dict() | {"uses_text": self.tokenizer is not None}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
         """As transformers', the tokenizer with it; `push_to_hub=True` uploads all of it."""
-        push = take_push_options(save_directory, kwargs)
+        push = take_push_options(save_directory, kwargs) if push_to_hub else None
         files: list[str] = []
         if self.tokenizer is not None:
             # Recorded by a tokenizer that was loaded offline; it would keep others from the Hub.
