@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from .hub_server import HubServer, running_hub
+from .sounds import noise
 
 if TYPE_CHECKING:
     from sailer import SailerForAudioClassification, SailerProcessor
@@ -62,15 +63,8 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def different_clips() -> list[np.ndarray]:
-    """Eight waveforms at 16 kHz of 0.5 to 1.9 s that differ in pitch, rhythm, loudness and noise."""
-    clips = []
-    for seed in range(8):
-        random = np.random.default_rng(seed)
-        time = np.arange(8000 + 3200 * seed) / 16000
-        tone = np.sin(2 * np.pi * random.uniform(100, 2000) * time) * (1 + np.sin(10 * random.uniform(1, 5) * time))
-        noise = random.normal(0, random.uniform(0.01, 0.3), len(time))
-        clips.append((random.uniform(0.02, 0.4) * (tone + noise)).astype(np.float32))
-    return clips
+    """Eight waveforms at 16 kHz of 0.5 to 1.9 s, none like another."""
+    return [noise(0.5 + 0.2 * seed, seed) for seed in range(8)]
 
 
 DIFFERENT_TEXTS = ("so happy", "leave me alone", "", "the lazy dog", "i am", "brown", "happy happy", "jumps over this")

@@ -18,19 +18,20 @@ from sailer.data.schema import CorpusError, LabelSet, build_dataset
 from sailer.training import features as features_module
 from sailer.training.features import FeatureStore
 
+from .sounds import noise
+
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
 TRANSCRIPTS = ["i am so happy about this", "leave me alone", "", "the lazy dog"]
 MIXED = {"annotation_dropout": 0.2, "mixing_probability": 0.8, "text_dropout": 0.2, "augmentation_variants": 2}
 
 
 def clips(folder, count, prefix, seed):
-    """Tones in noise of 0.3 to 1.2 s, every fourth clip without a transcript."""
+    """Clips of 0.3 to 1.2 s, every fourth one without a transcript."""
     generator = np.random.default_rng(seed)
     paths = [folder / f"{prefix}{index}.wav" for index in range(count)]
     seconds = generator.uniform(0.3, 1.2, count)
-    for path, duration in zip(paths, seconds, strict=True):
-        tone = np.sin(2 * np.pi * generator.uniform(100, 2000) * np.arange(int(16000 * duration)) / 16000)
-        soundfile.write(path, 0.3 * tone + 0.03 * generator.standard_normal(len(tone)), 16000)
+    for index, (path, duration) in enumerate(zip(paths, seconds, strict=True)):
+        soundfile.write(path, noise(duration, seed=100 * seed + index), 16000)
     label = np.resize([5, 4, 1, 5, 3], count)
     return build_dataset(
         {
@@ -70,7 +71,7 @@ def outputs(model, batch):
         return {name: value for name, value in model(**batch).items() if value is not None}
 
 
-def assert_same_outputs(model, processor, store, items, tolerance=1e-5):
+def assert_same_outputs(model, processor, store, items, tolerance=5e-5):
     direct, kept = collator(processor)(items), collator(processor, store)(items)
     for name in direct:
         if name.endswith("labels"):
@@ -78,7 +79,7 @@ def assert_same_outputs(model, processor, store, items, tolerance=1e-5):
     direct, kept = outputs(model, direct), outputs(model, kept)
     assert set(direct) == set(kept)
     for name, value in direct.items():
-        torch.testing.assert_close(kept[name], value, rtol=1e-6, atol=tolerance, equal_nan=True)
+        torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=tolerance, equal_nan=True)
 
 
 def count_calls(monkeypatch, model):

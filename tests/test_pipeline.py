@@ -29,15 +29,8 @@ from transformers.pipelines.pt_utils import KeyDataset
 from sailer import SailerForAudioClassification, SailerProcessor, SpeechEmotionPipeline
 from sailer.data.schema import SECONDARY_LABELS
 
-RATE = 16000
-
-
-def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    """Noise and a tone of the seed's own pitch and rhythm: pure noise of any seed sounds the same to the model."""
-    random = np.random.default_rng(seed)
-    time = np.arange(round(RATE * seconds)) / RATE
-    tone = np.sin(2 * np.pi * random.uniform(100, 2000) * time) * (1 + np.sin(10 * random.uniform(1, 5) * time))
-    return (0.1 * tone + random.normal(0, random.uniform(0.005, 0.05), len(time))).astype(np.float32)
+from .scores import assert_same, difference, scores
+from .sounds import RATE, noise
 
 
 def load(folder: Path, **options: object) -> SpeechEmotionPipeline:
@@ -45,14 +38,6 @@ def load(folder: Path, **options: object) -> SpeechEmotionPipeline:
     return SpeechEmotionPipeline(
         model=model, processor=SailerProcessor.from_pretrained(folder), device="cpu", **options
     )
-
-
-def scores(result: list[dict]) -> dict[str, float]:
-    return {row["label"]: row["score"] for row in result}
-
-
-def assert_same(one: list[dict], other: list[dict], tolerance: float = 1e-5) -> None:
-    assert scores(one) == pytest.approx(scores(other), abs=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +127,6 @@ def test_url(speech: SpeechEmotionPipeline, wav: Path) -> None:
         server.shutdown()
 
 
-def differ(one: list[dict], other: list[dict]) -> float:
-    """By how much the scores of two results differ at most."""
-    one, other = scores(one), scores(other)
-    return max(abs(one[label] - other[label]) for label in one)
-
-
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
 def test_any_rate(speech: SpeechEmotionPipeline, rate: int) -> None:
     def sound(rate: int) -> np.ndarray:
@@ -156,7 +135,7 @@ def test_any_rate(speech: SpeechEmotionPipeline, rate: int) -> None:
 
     expected = speech(sound(RATE))
     assert_same(speech({"array": sound(rate), "sampling_rate": rate}), expected, tolerance=0.02)
-    assert differ(speech({"array": sound(rate), "sampling_rate": RATE}), expected) > 0.1, "as it is not resampled"
+    assert difference(speech({"array": sound(rate), "sampling_rate": RATE}), expected) > 0.1, "as it is not resampled"
 
 
 def test_many(speech: SpeechEmotionPipeline, wav: Path) -> None:
@@ -196,7 +175,7 @@ def test_many(speech: SpeechEmotionPipeline, wav: Path) -> None:
 def test_order_is_kept_and_company_changes_nothing(speech: SpeechEmotionPipeline, workers: int) -> None:
     clips = [noise(0.2 + 0.37 * (7 * i % 11), seed=i) for i in range(20)]
     alone = [speech(clip) for clip in clips]
-    assert min(differ(one, other) for one, other in itertools.pairwise(alone)) > 1e-3
+    assert min(difference(one, other) for one, other in itertools.pairwise(alone)) > 1e-3
     for batch_size in (1, 3, 16):
         for one, other in zip(speech(clips, batch_size=batch_size, num_workers=workers), alone, strict=True):
             assert_same(one, other)
@@ -354,7 +333,7 @@ def test_longer_than_the_encoder_takes(speech: SpeechEmotionPipeline) -> None:
 
 def test_transcript_is_heard(both: SpeechEmotionPipeline) -> None:
     one, other = (both({"audio": noise(1), "text": text}) for text in ("so happy", "leave me alone"))
-    assert differ(one, other) > 0.05
+    assert difference(one, other) > 0.05
 
 
 @pytest.mark.parametrize("item", [noise(1), {"audio": noise(1)}, {"audio": noise(1), "text": " "}])
@@ -407,7 +386,7 @@ def test_half_precision_is_close(
     half = auto_pipeline(model=str(tiny_speech_sailer), trust_remote_code=True, dtype=torch.bfloat16, device="cpu")
     assert half.dtype == torch.bfloat16
     full = speech(different_clips)
-    assert min(differ(one, other) for one, other in itertools.combinations(full, 2)) > 0.1
+    assert min(difference(one, other) for one, other in itertools.combinations(full, 2)) > 0.1
     for clip, expected in zip(different_clips, full, strict=True):
         assert_same(half(clip), expected, tolerance=0.08)
 

@@ -23,6 +23,8 @@ from sailer.inference.predict import (
     predict,
 )
 
+from .sounds import noise
+
 PNG = b"\x89PNG"
 
 
@@ -32,9 +34,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     (folder / "below").mkdir()
     for index, seconds in enumerate((0.4, 1.1, 0.7, 2.0, 0.9)):
-        wave = np.random.default_rng(index).normal(0, 0.1, round(16000 * seconds))
-        soundfile.write(folder / f"clip{index}.wav", wave, 16000)
-    soundfile.write(folder / "below" / "long.flac", np.random.default_rng(9).normal(0, 0.1, 20 * 16000), 16000)
+        soundfile.write(folder / f"clip{index}.wav", noise(seconds, seed=index), 16000)
+    soundfile.write(folder / "below" / "long.flac", noise(20, seed=9), 16000)
     (folder / "notes.txt").write_text("no audio")
     return folder
 
