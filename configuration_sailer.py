@@ -289,7 +289,7 @@ def _relabelled(saved: dict[str, Any], naming: dict[str, Any]) -> dict[str, Any]
     if labels is None and "label2id" in naming:
         labels = sorted(naming["label2id"], key=naming["label2id"].__getitem__)
     if labels is None:
-        labels = before if number == len(before) else [f"LABEL_{index}" for index in range(number)]
+        labels = before if number == len(before) else [f"LABEL_{index}" for index in range(naming["num_labels"])]
     if number is not None and number != len(labels):
         raise ValueError(f"num_labels is {number} but {len(labels)} labels are named: {list(labels)}.")
     if list(labels) == before:

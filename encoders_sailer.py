@@ -162,7 +162,7 @@ def encode_audio(
     is_whisper = isinstance(encoder, VariableLengthWhisperEncoder)
     frames = audio.shape[-1] if is_whisper else audio.shape[1]
     if attention_mask is None:
-        if is_whisper and frames >= 2 * encoder.max_source_positions:
+        if is_whisper and frames >= 2 * encoder.config.max_source_positions:
             raise ValueError(
                 f"Features of {frames} frames ({frames / 100:.0f} s) came without attention_mask. A feature extractor "
                 "pads to that length, and padding would be taken for speech: use the SailerProcessor, or call the "
@@ -179,8 +179,8 @@ def encode_audio(
         return states, whisper_positions(attention_mask)[:, : states.shape[-2]]
     if masks_padding(encoder.config):
         states = _run(encoder, audio, attention_mask, all_layers)
-        lengths = encoder._get_feat_extract_output_lengths(attention_mask.sum(1))
-        return states, _length_mask(lengths, states.shape[-2])
+        count: Any = encoder._get_feat_extract_output_lengths
+        return states, _length_mask(count(attention_mask.sum(1)), states.shape[-2])
     return _encode_by_length(encoder, audio, attention_mask, all_layers)
 
 
@@ -214,7 +214,7 @@ def keep_layers(encoder: PreTrainedModel) -> None:
     """Switch off layer dropping (in training), which would leave no state of a dropped layer to weigh. Whisper's
     encoder records what went past."""
     for holder in (encoder, encoder.config):
-        if not isinstance(encoder, VariableLengthWhisperEncoder) and getattr(holder, "layerdrop", 0):
+        if not isinstance(encoder, VariableLengthWhisperEncoder) and getattr(holder, "layerdrop", None):
             holder.layerdrop = 0.0
 
 
@@ -318,20 +318,19 @@ def _is_short(encoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
     """Whether SpecAugment's mask, where the encoder has one, is longer than what there is before an adapter."""
     if not hasattr(encoder.config, "mask_time_length"):
         return False
-    count = encoder._get_feat_extract_output_lengths
+    count: Any = encoder._get_feat_extract_output_lengths
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
     return int(count(attention_mask.sum(1), **options).max()) <= encoder.config.mask_time_length
 
 
 def _layer_states(config: PretrainedConfig, outputs: ModelOutput) -> torch.Tensor:
     """(batch, layers, frames, width): of the layers alone where an adapter or an upsampling follows them."""
-    states = outputs.hidden_states
-    number = None if states is None else len(states)
-    if number != config.num_hidden_layers + 1 or len({state.shape for state in states}) > 1:
-        shapes = None if states is None else [tuple(state.shape) for state in states]
+    states = outputs.get("hidden_states") or ()
+    shapes = [tuple(state.shape) for state in states]
+    if len(states) != config.num_hidden_layers + 1 or len(set(shapes)) > 1:
         raise ValueError(
             f"The layers of a {config.model_type!r} encoder cannot be weighted: {config.num_hidden_layers + 1} states "
-            f"of one shape are needed, and it gives {shapes}. Set audio_layers to 'last'."
+            f"of one shape are needed, and it gives {shapes or None}. Set audio_layers to 'last'."
         )
     if config.model_type in RESAMPLED or getattr(config, "add_adapter", False):
         return torch.stack(tuple(states), dim=1)

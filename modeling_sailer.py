@@ -136,7 +136,7 @@ class SailerPreTrainedModel(PreTrainedModel):
         Raises:
             NotImplementedError: a speech-only system has none.
         """
-        base = self if isinstance(self, SailerModel) else self.sailer
+        base: Any = self if isinstance(self, SailerModel) else self.sailer
         if base.text_encoder is None:
             raise NotImplementedError("This is a speech-only system: it embeds no tokens.")
         return base.text_encoder.get_input_embeddings()
@@ -258,12 +258,14 @@ class SailerModel(SailerPreTrainedModel):
             if audio is None:
                 raise ValueError(f"This system needs {self.main_input_name} (or audio_hidden_states).")
             states, mask = self.audio_hidden_states(audio, attention_mask)
+            layers = states
+            if collect and not weighted:  # a second pass: an adapter's output is not among the layers
+                layers, _ = self.audio_hidden_states(audio, attention_mask, all_layers=True)
         elif collect and not weighted:
             raise ValueError("output_hidden_states needs the audio: audio_hidden_states holds the last layer alone.")
-        hidden_states = None
-        if collect:  # a second pass where the last layer alone is used: an adapter's output is not among the layers
-            layers = states if weighted else self.audio_hidden_states(audio, attention_mask, all_layers=True)[0]
-            hidden_states = layers.unbind(1)
+        else:
+            layers = states
+        hidden_states = layers.unbind(1) if collect else None
         dtype = next(self.audio_projection.parameters()).dtype
         states = states.to(dtype)
         if weighted:

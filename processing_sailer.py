@@ -139,7 +139,9 @@ class SailerProcessor(ProcessorMixin):
         del without.tokenizer
         return super(SailerProcessor, without).to_dict() | {"uses_text": self.tokenizer is not None}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> list[str]:
+    def save_pretrained(  # type: ignore[override]  # push_to_hub is one of kwargs
+        self, save_directory: str | os.PathLike, **kwargs: Any
+    ) -> list[str]:
         """As transformers', the tokenizer with it; `push_to_hub=True` uploads all of it."""
         push = take_push_options(save_directory, kwargs)
         files: list[str] = []

@@ -122,8 +122,9 @@ def render_converted_card(source: str, config: SailerConfig, name: str, path: st
         pipeline_tag="audio-classification",
         tags=list(CARD_TAGS),
     )
-    facts = {"card_data": card_data.to_yaml(), "source": source, "model_name": name, "model_id": name}
-    facts |= {"heads": config.heads, "labels": config.labels, "audio_backbone": config.audio_config.model_type}
+    backbone = None if config.audio_config is None else config.audio_config.model_type
+    facts: dict[str, Any] = {"card_data": card_data.to_yaml(), "source": source, "model_name": name, "model_id": name}
+    facts |= {"heads": config.heads, "labels": config.labels, "audio_backbone": backbone}
     return _render(CONVERTED_TEMPLATE, facts, path)
 
 

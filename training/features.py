@@ -339,7 +339,7 @@ def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator) -
         _plain(config.audio_config),
         config.audio_layers != "last",
         config.attend_to_padding,
-        masks_padding(config.audio_config),
+        masks_padding(model.sailer.audio_encoder.config),
         processor.feature_extractor.to_dict(),
         processor.audio_padding,
         collator.max_seconds,
