@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -180,9 +179,8 @@ def encode_audio(
         return states, whisper_positions(attention_mask)[:, : states.shape[-2]]
     if masks_padding(encoder.config):
         states = _run(encoder, audio, attention_mask, all_layers)
-        count = _frame_counter(encoder)
-        lengths = count(attention_mask.sum(1))
-        return states, _length_mask(lengths, states.shape[-2])
+        count: Any = encoder._get_feat_extract_output_lengths
+        return states, _length_mask(count(attention_mask.sum(1)), states.shape[-2])
     return _encode_by_length(encoder, audio, attention_mask, all_layers)
 
 
@@ -317,29 +315,23 @@ def _run(
     return _layer_states(config, outputs) if all_layers else outputs.last_hidden_state
 
 
-def _frame_counter(encoder: Any) -> Callable[..., torch.Tensor]:
-    """Samples -> frames, as transformers' speech encoders count them."""
-    return encoder._get_feat_extract_output_lengths
-
-
 def _is_short(encoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
     """Whether SpecAugment's mask, where the encoder has one, is longer than what there is before an adapter."""
     if not hasattr(encoder.config, "mask_time_length"):
         return False
-    count = _frame_counter(encoder)
+    count: Any = encoder._get_feat_extract_output_lengths
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
     return int(count(attention_mask.sum(1), **options).max()) <= encoder.config.mask_time_length
 
 
 def _layer_states(config: PretrainedConfig, outputs: ModelOutput) -> torch.Tensor:
     """(batch, layers, frames, width): of the layers alone where an adapter or an upsampling follows them."""
-    states: Any = outputs.get("hidden_states")
-    number = None if states is None else len(states)
-    if number != config.num_hidden_layers + 1 or len({state.shape for state in states}) > 1:
-        shapes = None if states is None else [tuple(state.shape) for state in states]
+    states = outputs.get("hidden_states") or ()
+    shapes = [tuple(state.shape) for state in states]
+    if len(states) != config.num_hidden_layers + 1 or len(set(shapes)) > 1:
         raise ValueError(
             f"The layers of a {config.model_type!r} encoder cannot be weighted: {config.num_hidden_layers + 1} states "
-            f"of one shape are needed, and it gives {shapes}. Set audio_layers to 'last'."
+            f"of one shape are needed, and it gives {shapes or None}. Set audio_layers to 'last'."
         )
     if config.model_type in RESAMPLED or getattr(config, "add_adapter", False):
         return torch.stack(tuple(states), dim=1)
