@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AudioClassificationPipeline, AutoFeatureExtractor, AutoTokenizer, pipeline
+from transformers import (
+    AudioClassificationPipeline,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    BatchFeature,
+    SequenceFeatureExtractor,
+    pipeline,
+)
 
 from sailer import SailerForAudioClassification, SailerProcessor
 from sailer.audio_sailer import load_audio
+from sailer.pipeline_sailer import SpeechEmotionPipeline
 from sailer.training.tiny_backbones import make_tiny_wavlm
 
 
@@ -239,9 +247,31 @@ def test_a_stock_pipeline_gives_the_processors_scores(tiny_whisper: Path, tmp_pa
         expected = model.probabilities(model(**processor(audio=clip, sampling_rate=16000)).logits)[0]
     scores = {result["label"]: result["score"] for result in classifier(clip, top_k=None)}
     np.testing.assert_allclose([scores[label] for label in model.config.labels], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"needs processor=SailerProcessor\.from_pretrained"):
+        SpeechEmotionPipeline(model, feature_extractor=stock)
 
 
 def test_the_processor_leaves_the_extractor_it_is_given_as_it_was(tiny_whisper: Path) -> None:
     extractor = AutoFeatureExtractor.from_pretrained(tiny_whisper)
     assert SailerProcessor(extractor).feature_extractor.return_attention_mask
     assert not extractor.return_attention_mask
+
+
+class LoudestExtractor(SequenceFeatureExtractor):
+    """Levels by the loudest sample of a batch: what some of transformers' extractors do in parts of theirs."""
+
+    model_input_names = ("input_values", "attention_mask")
+
+    def __call__(self, clips: np.ndarray | list[np.ndarray], padding: bool, **options) -> BatchFeature:
+        clips = clips if isinstance(clips, list) else [clips]
+        loudest = max(np.abs(clip).max() for clip in clips)
+        inputs = BatchFeature({"input_values": [clip / loudest for clip in clips]})
+        return self.pad(inputs, padding, return_attention_mask=True, return_tensors="pt")
+
+
+def test_extractors_are_given_one_clip_at_a_time() -> None:
+    processor = SailerProcessor(LoudestExtractor(feature_size=1, sampling_rate=16000, padding_value=0.0))
+    inputs = processor(audio=[tone(0.5), 0.1 * tone(0.3), tone(0.2)], sampling_rate=16000)
+    assert inputs["attention_mask"].sum(1).tolist() == [8000, 4800, 3200]
+    torch.testing.assert_close(inputs["input_values"].abs().amax(1), torch.ones(3))
+    assert (inputs["input_values"][inputs["attention_mask"] == 0] == 0).all()
