@@ -262,7 +262,7 @@ class SailerConfig(PretrainedConfig):
                 f"trainable_audio_layers is {trainable!r} but freeze_audio is true, so that no layer trains: set "
                 "freeze_audio to false, or leave trainable_audio_layers out."
             )
-        layers = None if self.audio_config is None else self.audio_config.num_hidden_layers
+        layers = getattr(self.audio_config, "num_hidden_layers", None)
         if not isinstance(trainable, int) or trainable < 1 or (layers is not None and trainable > layers):
             there = "" if layers is None else f" to {layers}, which this encoder has"
             raise ValueError(f"trainable_audio_layers is a whole number from 1{there}; got {trainable!r}.")

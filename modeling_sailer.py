@@ -150,6 +150,9 @@ class SailerModel(SailerPreTrainedModel):
     Args:
         config: the system's configuration.
         audio_encoder, text_encoder: loaded towers; built from the configuration by default.
+
+    Raises:
+        ValueError: the configuration has no speech encoder, or one that cannot be used (the message says why).
     """
 
     def __init__(
@@ -463,8 +466,8 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             config_kwargs: options of `SailerConfig`.
 
         Raises:
-            ValueError: a backbone cannot be loaded, or any tensor of an encoder is not in its checkpoint (the
-                message names the tensors).
+            ValueError: a backbone cannot be loaded, any tensor of an encoder is not in its checkpoint (the message
+                names the tensors), or `audio` is no speech encoder that can be used (the message says why).
         """
         audio_encoder = load_encoder(audio, attn_implementation, config_kwargs.get("audio_layers", "last"))
         text_encoder = None if text is None else load_encoder(text, attn_implementation)

@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import AutoFeatureExtractor, AutoTokenizer
+from transformers import (
+    AudioClassificationPipeline,
+    AutoFeatureExtractor,
+    AutoTokenizer,
+    BatchFeature,
+    SequenceFeatureExtractor,
+    pipeline,
+)
 
-from sailer import SailerProcessor
+from sailer import SailerForAudioClassification, SailerProcessor
 from sailer.audio_sailer import load_audio
+from sailer.pipeline_sailer import SpeechEmotionPipeline
+from sailer.training.tiny_backbones import make_tiny_wavlm
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +178,100 @@ def test_a_tokenizer_loaded_offline_does_not_keep_others_from_the_hub(both: Sail
     both.tokenizer.init_kwargs["local_files_only"] = True
     both.save_pretrained(tmp_path)
     assert "local_files_only" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def system(
+    backbone: Path, folder: Path, audio_padding: str = "longest"
+) -> tuple[SailerForAudioClassification, SailerProcessor]:
+    """A system, and the processor that is saved in the folder."""
+    torch.manual_seed(0)
+    attended = audio_padding == "max_length"
+    model = SailerForAudioClassification.from_audio_text_pretrained(
+        backbone, heads=["primary"], attend_to_padding=attended
+    )
+    SailerProcessor(AutoFeatureExtractor.from_pretrained(backbone), audio_padding=audio_padding).save_pretrained(
+        folder
+    )
+    return model.eval(), SailerProcessor.from_pretrained(folder)
+
+
+def noise(seconds: float) -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, round(16000 * seconds)).astype(np.float32)
+
+
+@pytest.mark.parametrize("audio_padding", ["longest", "max_length"])
+def test_a_stock_extractor_serves_a_whisper_system(audio_padding: str, tiny_whisper: Path, tmp_path: Path) -> None:
+    model, processor = system(tiny_whisper, tmp_path, audio_padding)
+    stock = AutoFeatureExtractor.from_pretrained(tmp_path)
+    clips = [noise(seconds) for seconds in (0.5, 1.00005, 1.005, 2.02)]
+    with torch.no_grad():
+        ours = model(**processor(audio=clips, sampling_rate=16000))
+        inputs = stock(clips, sampling_rate=16000, return_tensors="pt")
+        assert inputs["input_features"].shape == (4, 80, 3000)
+        theirs = model(**inputs)
+        torch.testing.assert_close(theirs.embeddings, ours.embeddings, atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs.logits, ours.logits, atol=1e-5, rtol=0)
+        # Asked for its mask, it rounds the last frame up where ours rounds down: one position of 20 ms more at most.
+        asked = stock(clips, sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
+        more = asked["attention_mask"].sum(1) - processor(audio=clips, sampling_rate=16000)["attention_mask"].sum(1)
+        assert more.tolist() == [0, 1, 1, 0]
+        rounded = model(**asked)
+        assert (rounded.logits - ours.logits).abs().max() < 2e-3
+        torch.testing.assert_close(rounded.logits[[0, 3]], ours.logits[[0, 3]], atol=1e-5, rtol=0)
+        # The padding without a mask would be heard as speech.
+        with pytest.raises(ValueError, match=r"3000 frames \(30 s\) came without attention_mask.*SailerProcessor"):
+            model(input_features=inputs["input_features"])
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_a_stock_extractor_serves_a_waveform_system(norm: str, tmp_path: Path) -> None:
+    backbone = make_tiny_wavlm(tmp_path / "wavlm", norm=norm)
+    model, processor = system(backbone, tmp_path / "system")
+    stock = AutoFeatureExtractor.from_pretrained(tmp_path / "system")
+    assert AutoFeatureExtractor.from_pretrained(backbone).return_attention_mask == (norm == "layer")
+    clips = [noise(seconds) for seconds in (0.5, 1.005, 0.77)]
+    with torch.no_grad():
+        ours = model(**processor(audio=clips, sampling_rate=16000)).embeddings
+        for options in ({}, {"return_attention_mask": True}):
+            inputs = stock(clips, sampling_rate=16000, return_tensors="pt", padding=True, **options)
+            torch.testing.assert_close(model(**inputs).embeddings, ours, atol=1e-5, rtol=0)
+
+
+def test_a_stock_pipeline_gives_the_processors_scores(tiny_whisper: Path, tmp_path: Path) -> None:
+    model, processor = system(tiny_whisper, tmp_path)
+    stock = AutoFeatureExtractor.from_pretrained(tmp_path)
+    classifier = pipeline("audio-classification", model=model, feature_extractor=stock)
+    assert type(classifier) is AudioClassificationPipeline
+    clip = noise(1.005)
+    with torch.no_grad():
+        expected = model.probabilities(model(**processor(audio=clip, sampling_rate=16000)).logits)[0]
+    scores = {result["label"]: result["score"] for result in classifier(clip, top_k=None)}
+    np.testing.assert_allclose([scores[label] for label in model.config.labels], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"needs processor=SailerProcessor\.from_pretrained"):
+        SpeechEmotionPipeline(model, feature_extractor=stock)
+
+
+def test_the_processor_leaves_the_extractor_it_is_given_as_it_was(tiny_whisper: Path) -> None:
+    extractor = AutoFeatureExtractor.from_pretrained(tiny_whisper)
+    assert SailerProcessor(extractor).feature_extractor.return_attention_mask
+    assert not extractor.return_attention_mask
+
+
+class LoudestExtractor(SequenceFeatureExtractor):
+    """Levels by the loudest sample of a batch: what some of transformers' extractors do in parts of theirs."""
+
+    model_input_names = ("input_values", "attention_mask")
+
+    def __call__(self, clips: np.ndarray | list[np.ndarray], padding: bool, **options) -> BatchFeature:
+        clips = clips if isinstance(clips, list) else [clips]
+        loudest = max(np.abs(clip).max() for clip in clips)
+        inputs = BatchFeature({"input_values": [clip / loudest for clip in clips]})
+        return self.pad(inputs, padding, return_attention_mask=True, return_tensors="pt")
+
+
+def test_extractors_are_given_one_clip_at_a_time() -> None:
+    processor = SailerProcessor(LoudestExtractor(feature_size=1, sampling_rate=16000, padding_value=0.0))
+    inputs = processor(audio=[tone(0.5), 0.1 * tone(0.3), tone(0.2)], sampling_rate=16000)
+    assert inputs["attention_mask"].sum(1).tolist() == [8000, 4800, 3200]
+    torch.testing.assert_close(inputs["input_values"].abs().amax(1), torch.ones(3))
+    assert (inputs["input_values"][inputs["attention_mask"] == 0] == 0).all()
