@@ -285,21 +285,25 @@ def _decode_mp4(file: BinaryIO, size: int, target: int, max_seconds: float | Non
             rate = _checked_rate(stream.rate, name)
             promised = None if stream.duration is None else round(stream.duration * stream.time_base * rate)
             _check_claim(promised, rate, size, max_seconds, name)
-            waveform, heard = _heard(_av_blocks(container, stream), rate, target, max_seconds, name)
+            failures: list[Exception] = []
+            waveform, heard = _heard(_av_blocks(container, stream, failures), rate, target, max_seconds, name)
     except av.FFmpegError as error:
         raise ValueError(f"{name} is not readable audio ({error}).") from error
-    return Recording(waveform, _cut_short(promised, heard, rate, max_seconds, name))
+    warning = _cut_short(promised, heard, rate, max_seconds, name)
+    if warning is None and failures:  # not every MP4 says how long it is
+        warning = f"{name} is cut short or damaged: the {heard / rate:.2f} s that could be decoded are used."
+    return Recording(waveform, warning)
 
 
-def _av_blocks(container: Any, stream: Any) -> Iterator[np.ndarray]:
-    """What an MP4's sound decodes to, in mono float32 blocks; it ends where the decoder gives up."""
+def _av_blocks(container: Any, stream: Any, failures: list[Exception]) -> Iterator[np.ndarray]:
+    """What an MP4's sound decodes to, in mono float32 blocks; it ends where the decoder gives up, which is noted."""
     planar = av.AudioResampler(format="fltp")
     try:
         for frame in container.decode(stream):
             for part in planar.resample(frame):
                 yield part.to_ndarray().mean(axis=0)
-    except av.FFmpegError:
-        return
+    except av.FFmpegError as error:
+        failures.append(error)
 
 
 def _heard(
