@@ -14,10 +14,10 @@ import torch
 from transformers import Pipeline, pipeline
 from transformers.utils import logging
 
-from .audio_sailer import MINIMUM_SECONDS, load_audio
+from .audio_sailer import MINIMUM_SECONDS, read_audio
 from .configuration_sailer import ATTRIBUTES, SailerConfig
 from .processing_sailer import SailerProcessor
-from .windows_sailer import Clip, at_least, cut_windows, run_ahead
+from .windows_sailer import ITEM_ERRORS, Clip, at_least, cut_windows, run_ahead
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +27,6 @@ ON_ERROR = ("raise", "return")
 BUFFERED_BATCHES = 8
 # A larger pass is slower on a CPU, because its activations fall out of the cache (measured: 15 % at eight of 15 s).
 CPU_SECONDS = 30.0
-ITEM_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 class SpeechEmotionPipeline(Pipeline):
@@ -63,9 +62,15 @@ class SpeechEmotionPipeline(Pipeline):
     _load_feature_extractor: Any = False
     _load_tokenizer: Any = False
 
-    def __init__(self, model: Any, processor: SailerProcessor | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, processor: SailerProcessor | None = None, on_error: str = "raise", **kwargs: Any
+    ) -> None:
         if processor is None:
             raise ValueError("The pipeline needs processor=SailerProcessor.from_pretrained(...) beside the model.")
+        self._on_error = _one_of("on_error", on_error, ON_ERROR)
+        for name, least in (("batch_size", 1), ("num_workers", 0)):
+            if kwargs.get(name) is not None:
+                at_least(name, kwargs[name], least)
         self._transcribers: dict[str, Callable] = {}
         self._has_told_of_missing_text = False
         super().__init__(model=model, processor=processor, **kwargs)
@@ -76,7 +81,7 @@ class SpeechEmotionPipeline(Pipeline):
         inputs: Any,
         batch_size: int | None = None,
         num_workers: int | None = None,
-        on_error: str = "raise",
+        on_error: str | None = None,
         **options: Any,
     ) -> Any:
         """
@@ -84,19 +89,24 @@ class SpeechEmotionPipeline(Pipeline):
             inputs: one recording: a path, an http(s) URL, the bytes of an audio file, a waveform of shape (samples,)
                 or (channels, samples) at the model's rate, `{"array" or "raw", "sampling_rate"}`, or `{"audio": any
                 of these, "text": transcript}` (or "transcript", as in a row of sailer's corpora). Or many: a list,
-                which gives a list, or a generator or dataset, which gives a generator and may be endless.
+                which gives a list, or a generator or dataset, which gives a generator and may be endless. What is
+                used although it was cut short, or has more than two channels, is told in a warning; see
+                `audio_sailer` for the limits.
             batch_size: windows that the model sees at once (on a CPU no more than 30 s of them); 1 by default. Above
                 that results come a few batches late, because windows of like length are put together.
             num_workers: threads that decode ahead of the model; 0 (none) by default.
-            on_error: "raise" at the first input that cannot be used (the message names it), or "return"
-                `{"error": message}` in its place and go on.
+            on_error: "raise" (the default) at the first input that cannot be used (the message names it), or
+                "return" `{"error": message}` in its place and go on, whatever went wrong with it: reading it, a
+                window of it in the model, memory. Its neighbours in a batch get their results.
             top_k: how many labels; all by default.
             return_all: give a dict: "primary" (the list of labels), "label" (the decision among the scored classes),
                 "secondary", "attributes" (in [0, 1]) and "attributes_1_7", "sex", "age", "transcript", as far as the
-                system has them, and "embedding", an array of shape (width,).
+                system has them, and "embedding", an array of shape (width,). All but that is ready for JSON.
+            return_embedding: `False` leaves the embedding out.
             prior: "balanced", the paper's scores; or "natural", which estimates the annotators' distribution.
             chunk_length_s: longest audio that is heard at once; longer audio is cut into windows of this length. By
-                default the longest that the system was trained on; 0 for no windows.
+                default the longest that the system was trained on; 0 for no windows, which refuses audio that the
+                encoder would cut.
             stride_length_s: seconds that a window shares with its left and right neighbours, one number or two; a
                 sixth of the window by default.
             return_timestamps: give one result per window, `{"timestamp": (start, end), ...}`, not their mean weighted
@@ -114,7 +124,7 @@ class SpeechEmotionPipeline(Pipeline):
             FileNotFoundError: no such file.
         """
         preprocess, _, postprocess = self._sanitize_parameters(**options)
-        _one_of("on_error", on_error, ON_ERROR)
+        on_error = self._on_error if on_error is None else _one_of("on_error", on_error, ON_ERROR)
         is_one = _is_one_recording(inputs)
         clips = self.encode([inputs] if is_one else _iterate(inputs), batch_size, num_workers, **preprocess)
 
@@ -123,10 +133,13 @@ class SpeechEmotionPipeline(Pipeline):
                 if clip.error is None:
                     yield self.postprocess(clip, **self._postprocess_params | postprocess)
                 elif on_error == "return":
-                    yield {"error": str(clip.error)}
-                else:
+                    yield {"error": clip.message}
+                elif isinstance(clip.error, ITEM_ERRORS):
                     kind = FileNotFoundError if isinstance(clip.error, FileNotFoundError) else ValueError
-                    raise kind(str(clip.error) if is_one else f"Item {position}: {clip.error}") from clip.error
+                    raise kind(clip.message if is_one else f"Item {position}: {clip.message}") from clip.error
+                else:
+                    clip.error.add_note(f"Item {position} of the pipeline's inputs")
+                    raise clip.error
 
         if is_one:
             return next(results())
@@ -151,14 +164,16 @@ class SpeechEmotionPipeline(Pipeline):
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess = ("chunk_length_s", "stride_length_s", "transcriber")
-        postprocess = ("top_k", "return_all", "return_timestamps", "prior")
+        postprocess = ("top_k", "return_all", "return_embedding", "return_timestamps", "prior")
         for name in options:
             if name not in preprocess + postprocess:
                 near = difflib.get_close_matches(name, preprocess + postprocess, 1)
                 raise TypeError(f"Unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
         _one_of("prior", options.get("prior", PRIORS[0]), PRIORS)
         if "chunk_length_s" in options or "stride_length_s" in options:
-            cut_windows(0, 1, self._chunk_length(options.get("chunk_length_s")), options.get("stride_length_s"))
+            given = getattr(self, "_preprocess_params", {}) | options
+            length, stride = self._chunk_length(given.get("chunk_length_s")), given.get("stride_length_s")
+            cut_windows(0, self.processor.sampling_rate, length, stride)
         if options.get("top_k") is not None:
             at_least("top_k", options["top_k"], 1)
         if options.get("transcriber") is not None and self.processor.tokenizer is None:
@@ -194,7 +209,10 @@ class SpeechEmotionPipeline(Pipeline):
             if transcriber is None:
                 self._do_without_text()
         rate = self.processor.sampling_rate
-        waveform = load_audio(audio, rate)
+        recording = read_audio(audio, rate)
+        waveform = recording.waveform
+        if recording.warning is not None:
+            logger.warning(recording.warning)
         seconds = len(waveform) / rate
         if seconds < MINIMUM_SECONDS:
             raise ValueError(
@@ -206,6 +224,7 @@ class SpeechEmotionPipeline(Pipeline):
             windows=[waveform[start:end] for start, end in windows],
             timestamps=[(start / rate, end / rate) for start, end in windows],
             text=text,
+            warning=recording.warning,
         )
 
     def _forward(self, model_inputs: Mapping[str, torch.Tensor]) -> Any:  # type: ignore[override]  # as above
@@ -218,11 +237,14 @@ class SpeechEmotionPipeline(Pipeline):
         return_all: bool = False,
         return_timestamps: bool = False,
         prior: str = "balanced",
+        return_embedding: bool = True,
     ) -> Any:
         """Results of one recording from the outputs of its windows; see `__call__`."""
         clip = model_outputs
         rows = [clip.outputs[index] for index in range(len(clip.timestamps))]
         values = self._values({name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}, prior)
+        if not return_embedding:
+            del values["embedding"]
         if return_timestamps:
             results = []
             for index, timestamp in enumerate(clip.timestamps):
@@ -252,7 +274,7 @@ class SpeechEmotionPipeline(Pipeline):
         def prepare(item: Any) -> Clip:
             try:
                 return self.preprocess(item, **options)
-            except ITEM_ERRORS as error:
+            except Exception as error:  # whatever it is, it is this item's alone
                 return Clip(error=error)
 
         waiting: deque[Clip] = deque()  # in the order given
@@ -275,22 +297,46 @@ class SpeechEmotionPipeline(Pipeline):
             clip, index = windows[0]
             seconds = len(clip.windows[index]) / self.processor.sampling_rate
             size = min(batch_size, max(1, int(CPU_SECONDS / seconds))) if self.device.type == "cpu" else batch_size
-            batch, windows = windows[:size], windows[size:]
-            waveforms = [clip.windows[index] for clip, index in batch]
-            inputs = self.processor(
-                audio=waveforms,
-                text=self._texts(batch, waveforms, transcriber) if self.processor.tokenizer is not None else None,
-                sampling_rate=self.processor.sampling_rate,
-                device=self.device if self.device.type == "cuda" else "cpu",
-            )
-            outputs = self.forward(inputs)
-            for row, (clip, index) in enumerate(batch):
-                clip.outputs[index] = {name: value[row] for name, value in outputs.items()}
+            self._run_batch(windows[:size], transcriber)
+            windows = windows[size:]
+
+    def _run_batch(self, batch: list[tuple[Clip, int]], transcriber: Callable | None) -> None:
+        """Encode a batch; where that fails its halves, down to the clip that it fails for, which gets the error."""
+        batch = [window for window in batch if window[0].error is None]
+        if not batch:
+            return
+        try:
+            outputs = self._outputs(batch, transcriber)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][0].error = error
+                return
+            middle = len(batch) // 2
+            self._run_batch(batch[:middle], transcriber)
+            self._run_batch(batch[middle:], transcriber)
+            return
+        for row, (clip, index) in enumerate(batch):
+            clip.outputs[index] = {name: value[row] for name, value in outputs.items()}
+            strange = [name for name, value in clip.outputs[index].items() if not torch.isfinite(value).all()]
+            if strange:
+                clip.error = ValueError(
+                    f"The system's {strange[0]} for this recording are not finite (NaN or infinity)."
+                )
+
+    def _outputs(self, batch: list[tuple[Clip, int]], transcriber: Callable | None) -> dict[str, torch.Tensor]:
+        waveforms = [clip.windows[index] for clip, index in batch]
+        inputs = self.processor(
+            audio=waveforms,
+            text=self._texts(batch, waveforms, transcriber) if self.processor.tokenizer is not None else None,
+            sampling_rate=self.processor.sampling_rate,
+            device=self.device if self.device.type == "cuda" else "cpu",
+        )
+        return self.forward(inputs)
 
     def _texts(
         self, batch: list[tuple[Clip, int]], waveforms: list[np.ndarray], transcriber: Callable | None
     ) -> list[str]:
-        untold = [row for row, (clip, _) in enumerate(batch) if clip.text is None]
+        untold = [row for row, (clip, index) in enumerate(batch) if clip.text is None and index not in clip.texts]
         if untold and transcriber is not None:
             rate = self.processor.sampling_rate
             sources = [{"raw": waveforms[row], "sampling_rate": rate} for row in untold]
@@ -324,8 +370,11 @@ class SpeechEmotionPipeline(Pipeline):
         return self.model.config.max_seconds if chunk_length_s is None else chunk_length_s
 
     def _check_length(self, seconds: float) -> None:
+        extractor = self.processor.feature_extractor
         positions = getattr(self.model.config.audio_config, "max_source_positions", None)
-        longest = float("inf") if positions is None or self.processor.audio_padding == "max_length" else positions / 50
+        longest = float("inf") if positions is None else positions / 50
+        if self.processor.audio_padding == "max_length" and hasattr(extractor, "n_samples"):
+            longest = extractor.n_samples / extractor.sampling_rate  # what is longer, the extractor cuts off
         if seconds > longest:
             raise ValueError(
                 f"The audio is heard in windows of {seconds:.1f} s and this encoder takes {longest:.0f} s: choose a "
@@ -364,14 +413,16 @@ class SpeechEmotionPipeline(Pipeline):
             described["age"] = values["age"].item()
         if transcript is not None:
             described["transcript"] = transcript
-        return described | {"embedding": values["embedding"].numpy()}
+        return described | {name: values[name].numpy() for name in ("embedding",) if name in values}
 
 
 def _is_one_recording(inputs: Any) -> bool:
-    if isinstance(inputs, (str, bytes, bytearray, os.PathLike, Mapping, np.ndarray, torch.Tensor)):
+    if isinstance(
+        inputs, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, np.ndarray, np.generic, torch.Tensor)
+    ):
         return True
     is_many = isinstance(inputs, Iterable) or hasattr(inputs, "__getitem__")
-    return hasattr(inputs, "get_all_samples") or not is_many
+    return hasattr(inputs, "get_all_samples") or hasattr(inputs, "read") or not is_many
 
 
 def _iterate(inputs: Any) -> Iterable[Any]:

@@ -158,13 +158,13 @@ class SailerProcessor(ProcessorMixin):
         """The clips at the extractor's rate, and whether each one's own rate was told."""
         is_list = isinstance(audio, (list, tuple)) and len(audio) > 0 and not _is_number(audio[0])
         clips = list(audio) if is_list else [audio]
-        rate = sampling_rate or self.sampling_rate
+        rate = self.sampling_rate if sampling_rate is None else sampling_rate
         waveforms, is_rate_known = [], True
         for position, clip in enumerate(clips):
             name = f"clip {position} of {len(clips)}"
             if isinstance(clip, (str, os.PathLike)):
                 name += f" ({os.fspath(clip)})"
-            elif not isinstance(clip, (Mapping, bytes, bytearray)):
+            elif not isinstance(clip, (Mapping, bytes, bytearray, memoryview)):
                 clip = {"array": clip, "sampling_rate": rate}
                 is_rate_known = sampling_rate is not None
             waveform = load_audio(clip, self.sampling_rate, name=name)

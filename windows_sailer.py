@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +16,8 @@ import torch
 Number = TypeVar("Number", int, float)
 
 SHORTEST_LAST_WINDOW = 1.0
+# Errors whose text is meant for whoever passed the recording; of others the kind is told too.
+ITEM_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 @dataclass
@@ -23,26 +27,41 @@ class Clip:
     windows: list[np.ndarray] = field(default_factory=list)
     timestamps: list[tuple[float, float]] = field(default_factory=list)
     text: str | None = None
+    warning: str | None = None
     error: Exception | None = None
     texts: dict[int, str] = field(default_factory=dict)
     outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
-        return len(self.outputs) == len(self.timestamps)
+        return self.error is not None or len(self.outputs) == len(self.timestamps)
+
+    @property
+    def message(self) -> str:
+        """What the error says; never empty."""
+        told = isinstance(self.error, ITEM_ERRORS) and str(self.error)
+        return str(self.error) if told else f"{type(self.error).__name__}: {self.error}"
 
 
 def cut_windows(
     samples: int, rate: int, chunk_length_s: float, stride_length_s: float | tuple[float, float] | None
 ) -> list[tuple[int, int]]:
-    """First and last sample of each window: all but the last are a chunk long and start a chunk less strides apart."""
-    chunk = round(at_least("chunk_length_s", chunk_length_s, 0) * rate)
+    """First and last sample of each window: all but the last are a chunk long and start a chunk less strides apart.
+
+    Raises:
+        ValueError: a length that is no number or negative, or strides that leave nothing of a window at this rate.
+    """
+    chunk = round(at_least("chunk_length_s", chunk_length_s, 0.0) * rate)
     strides = chunk_length_s / 6 if stride_length_s is None else stride_length_s
-    left, right = strides if isinstance(strides, (list, tuple)) else (strides, strides)
+    if not isinstance(strides, (list, tuple)):
+        strides = (strides, strides)
+    if len(strides) != 2:
+        raise ValueError(f"stride_length_s is {stride_length_s}; give one number of seconds, or two: left and right.")
+    left, right = strides
     step = (
         chunk
-        - round(at_least("stride_length_s", left, 0) * rate)
-        - round(at_least("stride_length_s", right, 0) * rate)
+        - round(at_least("stride_length_s", left, 0.0) * rate)
+        - round(at_least("stride_length_s", right, 0.0) * rate)
     )
     if chunk > 0 and step <= 0:
         raise ValueError(
@@ -72,10 +91,15 @@ def run_ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int
 
 
 def at_least(option: str, value: Number, least: float) -> Number:
-    """`value`; raises ValueError by the option's name where it is less than `least`."""
-    if not value >= least:
-        raise ValueError(f"{option} is {value}; it must be at least {least}.")
+    """`value`; raises ValueError by the option's name where it is no finite number of at least `least`.
+
+    Where `least` is an integer, it counts something, and the value must be an integer too.
+    """
+    kind = numbers.Integral if isinstance(least, int) else numbers.Real
+    if not isinstance(value, kind) or not least <= value < math.inf:
+        wanted = "a whole number" if kind is numbers.Integral else "a number"
+        raise ValueError(f"{option} is {value!r}; it must be {wanted}, at least {least:g}.")
     return value
 
 
-__all__ = ["Clip", "at_least", "cut_windows", "run_ahead"]
+__all__ = ["ITEM_ERRORS", "Clip", "at_least", "cut_windows", "run_ahead"]
