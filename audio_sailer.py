@@ -341,7 +341,7 @@ def _resampler(rate: float, target: int, name: str) -> Callable[[np.ndarray, boo
 def _checked_rate(rate: Any, name: str) -> float:
     if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0:
         rate = rate.item()
-    if not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
+    if not isinstance(rate, numbers.Real) or not RATES[0] <= float(rate) <= RATES[1]:
         raise ValueError(
             f"{name} has a sampling rate of {rate} Hz; it must be a number between {RATES[0]} and {RATES[1]}."
         )
@@ -363,12 +363,12 @@ def _check_claim(promised: int | None, rate: float, size: int, max_seconds: floa
 
 def _cut_short(promised: int | None, heard: int, rate: float, max_seconds: float | None, name: str) -> str | None:
     """What is said of a file that ended early. Lossy formats are some hundredths of a second off without harm."""
-    wanted = (promised or 0) / rate if max_seconds is None else min((promised or 0) / rate, max_seconds)
-    if heard / rate >= wanted - MINIMUM_SECONDS:
+    told = (promised or 0) / rate
+    if heard / rate >= (told if max_seconds is None else min(told, max_seconds)) - MINIMUM_SECONDS:
         return None
     return (
         f"{name} is cut short or damaged: the {heard / rate:.2f} s that could be decoded are used; its header "
-        f"promises {promised / rate:.2f} s."
+        f"promises {told:.2f} s."
     )
 
 
