@@ -22,6 +22,7 @@ from .windows_sailer import ITEM_ERRORS, Clip, at_least, cut_windows, run_ahead
 logger = logging.get_logger(__name__)
 
 PRIORS = ("balanced", "natural")
+FUNCTIONS = ("softmax", "none")
 ON_ERROR = ("raise", "return")
 # Clips of like length are looked for among this many batches; results wait no longer than that.
 BUFFERED_BATCHES = 8
@@ -104,6 +105,8 @@ class SpeechEmotionPipeline(Pipeline):
                 system has them, and "embedding", an array of shape (width,). All but that is ready for JSON.
             return_embedding: `False` leaves the embedding out.
             prior: "balanced", the paper's scores; or "natural", which estimates the annotators' distribution.
+            function_to_apply: "softmax" (the default) or "none", which gives the emotions' logits, to which no prior
+                applies. The emotions are one distribution: "sigmoid" is refused.
             chunk_length_s: longest audio that is heard at once; longer audio is cut into windows of this length. By
                 default the longest that the system was trained on; 0 for no windows, which refuses audio that the
                 encoder would cut.
@@ -164,12 +167,13 @@ class SpeechEmotionPipeline(Pipeline):
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess = ("chunk_length_s", "stride_length_s", "transcriber")
-        postprocess = ("top_k", "return_all", "return_embedding", "return_timestamps", "prior")
+        postprocess = ("top_k", "return_all", "return_embedding", "return_timestamps", "prior", "function_to_apply")
         for name in options:
             if name not in preprocess + postprocess:
                 near = difflib.get_close_matches(name, preprocess + postprocess, 1)
                 raise TypeError(f"Unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
         _one_of("prior", options.get("prior", PRIORS[0]), PRIORS)
+        _one_of("function_to_apply", options.get("function_to_apply", FUNCTIONS[0]), FUNCTIONS)
         if "chunk_length_s" in options or "stride_length_s" in options:
             given = getattr(self, "_preprocess_params", {}) | options
             length, stride = self._chunk_length(given.get("chunk_length_s")), given.get("stride_length_s")
@@ -238,11 +242,15 @@ class SpeechEmotionPipeline(Pipeline):
         return_timestamps: bool = False,
         prior: str = "balanced",
         return_embedding: bool = True,
+        function_to_apply: str = "softmax",
     ) -> Any:
         """Results of one recording from the outputs of its windows; see `__call__`."""
         clip = model_outputs
         rows = [clip.outputs[index] for index in range(len(clip.timestamps))]
-        values = self._values({name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}, prior)
+        stacked = {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
+        values = self._values(stacked, prior)
+        if function_to_apply == "none" and "primary" in values:
+            values["primary"] = stacked["logits"]
         if not return_embedding:
             del values["embedding"]
         if return_timestamps:
@@ -350,7 +358,9 @@ class SpeechEmotionPipeline(Pipeline):
             return transcriber
         name = str(transcriber)
         if name not in self._transcribers:
-            self._transcribers[name] = pipeline("automatic-speech-recognition", model=name, device=self.device)
+            self._transcribers[name] = pipeline(
+                "automatic-speech-recognition", model=name, device=self.device, trust_remote_code=False
+            )
         return self._transcribers[name]
 
     def _do_without_text(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from sailer import SailerConfig, SailerForAudioClassification, SailerModel, SailerProcessor
+from sailer import SailerConfig, SailerForAudioClassification, SailerModel, SailerProcessor, SpeechEmotionPipeline
 
 RATE = 16000
 TWO = {"num_labels": 2, "id2label": {0: "calm", 1: "angry"}, "label2id": {"calm": 0, "angry": 1}}
@@ -340,3 +340,22 @@ def test_the_base_model_loads_from_a_classifiers_folder(tiny_sailer: Path, input
     base = SailerModel.from_pretrained(tiny_sailer).eval()
     whole = SailerForAudioClassification.from_pretrained(tiny_sailer).eval()
     torch.testing.assert_close(base(**inputs).embeddings, whole(**inputs).embeddings)
+
+
+def test_a_function_to_apply_as_stock_pipelines_name_it(tiny_sailer: Path, inputs) -> None:
+    model, processor = (
+        SailerForAudioClassification.from_pretrained(tiny_sailer),
+        SailerProcessor.from_pretrained(tiny_sailer),
+    )
+    classifier = SpeechEmotionPipeline(model, processor)
+    item = {"audio": tone(1.0), "text": "i am so happy"}
+    raw = {row["label"]: row["score"] for row in classifier(item, function_to_apply="none")}
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    assert raw == pytest.approx(dict(zip(model.config.labels, logits.tolist(), strict=True)), abs=1e-4)
+    soft = classifier(item, function_to_apply="softmax")
+    assert soft == classifier(item)
+    probabilities = torch.tensor([raw[row["label"]] for row in soft]).softmax(0)
+    assert [row["score"] for row in soft] == pytest.approx(probabilities.tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match=r"function_to_apply is 'sigmoid'; choose one of \['softmax', 'none'\]"):
+        classifier(item, function_to_apply="sigmoid")
