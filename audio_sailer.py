@@ -341,7 +341,8 @@ def _resampler(rate: float, target: int, name: str) -> Callable[[np.ndarray, boo
 def _checked_rate(rate: Any, name: str) -> float:
     if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0:
         rate = rate.item()
-    if not isinstance(rate, numbers.Real) or not RATES[0] <= rate <= RATES[1]:
+    is_number = isinstance(rate, numbers.Real)
+    if not is_number or not RATES[0] <= rate <= RATES[1]:
         raise ValueError(
             f"{name} has a sampling rate of {rate} Hz; it must be a number between {RATES[0]} and {RATES[1]}."
         )
@@ -363,7 +364,9 @@ def _check_claim(promised: int | None, rate: float, size: int, max_seconds: floa
 
 def _cut_short(promised: int | None, heard: int, rate: float, max_seconds: float | None, name: str) -> str | None:
     """What is said of a file that ended early. Lossy formats are some hundredths of a second off without harm."""
-    wanted = (promised or 0) / rate if max_seconds is None else min((promised or 0) / rate, max_seconds)
+    if promised is None:
+        return None
+    wanted = promised / rate if max_seconds is None else min(promised / rate, max_seconds)
     if heard / rate >= wanted - MINIMUM_SECONDS:
         return None
     return (
