@@ -363,12 +363,14 @@ def _check_claim(promised: int | None, rate: float, size: int, max_seconds: floa
 
 def _cut_short(promised: int | None, heard: int, rate: float, max_seconds: float | None, name: str) -> str | None:
     """What is said of a file that ended early. Lossy formats are some hundredths of a second off without harm."""
-    told = (promised or 0) / rate
-    if heard / rate >= (told if max_seconds is None else min(told, max_seconds)) - MINIMUM_SECONDS:
+    if promised is None:
+        return None
+    wanted = promised / rate if max_seconds is None else min(promised / rate, max_seconds)
+    if heard / rate >= wanted - MINIMUM_SECONDS:
         return None
     return (
         f"{name} is cut short or damaged: the {heard / rate:.2f} s that could be decoded are used; its header "
-        f"promises {told:.2f} s."
+        f"promises {promised / rate:.2f} s."
     )
 
 

@@ -45,7 +45,7 @@ TESTS = {
 }
 # Imported once, before the runs of the tests are forked off: most of the time would go there.
 HEAVY = (
-    *("accelerate", "datasets", "evaluate", "hypothesis.extra.numpy", "librosa", "pytest", "soundfile"),
+    *("accelerate", "datasets", "evaluate", "hypothesis.extra.numpy", "pytest", "soundfile", "soxr"),
     *("scipy.optimize", "scipy.spatial.distance", "scipy.special", "sklearn.metrics", "torch", "transformers"),
 )
 TIMEOUT = 180  # seconds: ten times what the slowest file takes

@@ -8,7 +8,7 @@ import pytest
 from sailer.cli import main
 from sailer.settings import SettingsError
 
-HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "matplotlib", "librosa", "pandas")
+HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "matplotlib", "soxr", "pandas")
 
 
 @pytest.fixture
