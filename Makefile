@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
 
-.PHONY: demo test slow lowest style bench clean
+.PHONY: demo test slow lowest style bench mutants clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
@@ -34,6 +34,9 @@ style: $(STAMP)  ## check the style, the format and the types
 
 bench: $(STAMP)  ## run the benchmarks; make bench BENCHMARKS=benchmarks/inference.py runs one
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; TOKENIZERS_PARALLELISM=false $(BIN)/python $$script; done
+
+mutants: $(VENV)/installed-mutants  ## change 300 places of the numeric modules, one at a time: how many do the tests notice? (an hour)
+	$(BIN)/python tests/mutants.py $(MUTANTS)
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -112,7 +112,7 @@ def types_of(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 def mutated(change: MutationSpec) -> str | None:
     """The changed module, or None where the change is not Python."""
     operator = get_operator(change.operator_name)()
-    code = mutate_code((ROOT / change.module_path).read_text(), operator, change.occurrence)
+    code = mutate_code(change.module_path.read_text(), operator, change.occurrence)
     try:
         ast.parse(code)
     except SyntaxError:
@@ -187,7 +187,7 @@ def noticed_by(tests: str) -> str:
 def described(change: MutationSpec) -> str:
     """Where and what: the line as it was and as it becomes."""
     row = change.start_pos[0] - 1
-    codes = (ROOT / change.module_path).read_text(), mutated(change)
+    codes = change.module_path.read_text(), mutated(change)
     before, after = (code.splitlines()[row].strip() for code in codes)
     return f"{change.module_path}:{row + 1} `{before}` -> `{after}`"
 

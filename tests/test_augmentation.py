@@ -1,5 +1,6 @@
 """Annotation dropout's properties, mixing by its frequencies, targets by hand, and plans as functions of the seed."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -129,6 +130,12 @@ def test_targets_without_augmentation():
     assert not plan["drop_text"].any()
 
 
+def test_hard_targets_are_the_consensus_labels():
+    label = np.array([*range(9), -1, -100])
+    plan = table(plan_epoch(corpus(label), AugmentationSettings(), LABELS, 0, 0))
+    np.testing.assert_array_equal(plan["hard_target"], [*np.eye(9), [np.nan] * 9, [np.nan] * 9])
+
+
 def test_target_of_a_mix_is_the_mean_and_unknowns_stay_unknown():
     votes = np.zeros((2, 9))
     votes[0, [NEUTRAL, SAD]] = 4, 1
@@ -157,7 +164,8 @@ def test_dropout_also_reaches_the_partner():
 
 def test_mixing_frequencies():
     label = np.repeat([NEUTRAL, HAPPY, OTHER, -1, CONTEMPT, FEAR, SURPRISE], [12_000, 8000, 500, 500, 100, 200, 400])
-    plan = table(plan_epoch(corpus(label), AugmentationSettings(mixing_probability=0.4), LABELS, 0, 0))
+    with np.errstate(all="raise"):  # no clip of Disgust: its frequency has no inverse
+        plan = table(plan_epoch(corpus(label), AugmentationSettings(mixing_probability=0.4), LABELS, 0, 0))
     mixed = plan["partner"] >= 0
     majority = np.isin(label, MAJORITY)
     assert not mixed[~majority].any()
@@ -246,6 +254,13 @@ def test_other_label_sets():
     np.testing.assert_allclose(plan["target"][0], [1 / 3, 1 / 6, 1 / 2], rtol=1e-6)
 
 
+def test_everything_is_off_by_default():
+    off = ("annotation_dropout", "mixing_probability", "text_dropout", "undersample_majority", "manifold_mixup")
+    modes = {"annotation_dropout_mode": "majority", "mixing_mode": "minority"}
+    expected = dict.fromkeys(off, 0.0) | modes | {"max_seconds": 15.0, "augmentation_variants": 0}
+    assert dataclasses.asdict(AugmentationSettings()) == expected
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), "half", None])
 @pytest.mark.parametrize(
     "option", ["annotation_dropout", "mixing_probability", "text_dropout", "undersample_majority"]
@@ -263,6 +278,7 @@ def test_rates_outside_the_unit_interval(option, rate):
         ({"augmentation_variants": -1}, "augmentation_variants is a whole number"),
         ({"augmentation_variants": 1.5}, "augmentation_variants is a whole number"),
         ({"manifold_mixup": -1.0}, "manifold_mixup is a number from 0"),
+        ({"manifold_mixup": float("inf")}, "manifold_mixup is a number from 0"),
         ({"max_seconds": 0}, "max_seconds must exceed 0 s"),
         ({"max_seconds": 1.5, "mixing_probability": 0.5}, "max_seconds must exceed 2.0 s"),
     ],

@@ -33,6 +33,14 @@ def test_natural_probabilities_by_hand():
     torch.testing.assert_close(natural_probabilities(logits), torch.tensor([[4 / 6, 1 / 6, 1 / 6]]))
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (5, 2, 3)])
+def test_natural_probabilities_of_any_number_of_axes(shape):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = [natural_probabilities(row[None], [2.0, 1.0, 0.5], 0.7)[0] for row in logits.reshape(-1, 3)]
+    expected = torch.stack(rows).reshape(shape)
+    torch.testing.assert_close(natural_probabilities(logits, [2.0, 1.0, 0.5], 0.7), expected)
+
+
 @pytest.mark.parametrize("weighting", ["product", "normalized"])
 def test_dividing_w_out_recovers_the_distributions(skewed, weighting):
     distributions, weights = skewed
@@ -66,7 +74,7 @@ def test_temperature_and_w_bring_the_calibration_error_down(skewed):
     assert balanced["kl"] > 0.1 > 0.01 > calibrated["kl"]
 
 
-def test_temperature_is_the_minimum_on_noisy_votes(skewed):
+def test_temperature_is_the_minimum_on_noisy_votes(skewed, caplog):
     distributions, weights = skewed
     random = np.random.default_rng(1)
     votes = np.stack([random.multinomial(5, row) for row in distributions]) / 5
@@ -76,7 +84,7 @@ def test_temperature_is_the_minimum_on_noisy_votes(skewed):
         return -(votes * np.log(natural_probabilities(logits, weights, temperature))).sum(axis=1).mean()
 
     found = fit_temperature(logits, votes, weights)
-    assert 0.3 < found < 0.8
+    assert 0.3 < found < 0.8 and not caplog.text
     assert cross_entropy(found) <= min(cross_entropy(found * 0.98), cross_entropy(found * 1.02))
 
 
@@ -110,3 +118,5 @@ def test_what_cannot_be():
         fit_temperature(logits, np.full((2, 3), np.nan))
     with pytest.raises(ValueError, match=r"Expected two arrays \(clips, labels\)"):
         fit_temperature(logits, np.zeros((3, 3)))
+    with pytest.raises(ValueError, match=r"Expected two arrays \(clips, labels\)"):
+        fit_temperature(np.zeros((3, 3)), logits)

@@ -1,6 +1,7 @@
+import importlib
+import inspect
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,18 @@ HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "matplotlib
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Stand-ins for the modules that do the work; each call is noted as (function, positional, named)."""
+    """Stand-ins for the functions that do the work; each call is noted as (function, arguments by their name)."""
     noted: list = []
 
-    def stand_in(module: str, result: object, *names: str) -> None:
-        functions = {
-            name: lambda *values, _name=name, **options: noted.append((_name, values, options)) or result
-            for name in names
-        }
-        monkeypatch.setitem(sys.modules, f"sailer.{module}", types.SimpleNamespace(**functions))
+    def stand_in(module: str, result: object, name: str) -> None:
+        real = importlib.import_module(f"sailer.{module}")
+        signature = inspect.signature(getattr(real, name))
+
+        def note(*values: object, **options: object) -> object:
+            noted.append((name, signature.bind(*values, **options).arguments))
+            return result
+
+        monkeypatch.setattr(real, name, note)
 
     stand_in("train", Path("out"), "run")
     stand_in("training.evaluation", Path("figures"), "evaluate_models")
@@ -60,19 +64,20 @@ def test_recipes_lists_names_with_their_first_line(capsys: pytest.CaptureFixture
 def test_train_passes_recipe_and_options(calls: list) -> None:
     assert main(["train", "recipes/demo.yaml", "--learning_rate", "5e-4", "--heads", "primary", "age", "--bf16"]) == 0
     options = {"learning_rate": "5e-4", "heads": ["primary", "age"], "bf16": True}
-    assert calls == [("run", ("recipes/demo.yaml", options), {})]
+    assert calls == [("run", {"recipe": "recipes/demo.yaml", "overrides": options})]
 
 
 def test_train_without_a_recipe_is_the_demo(calls: list) -> None:
     assert main(["train", "--seed", "3"]) == 0
-    assert calls == [("run", ("recipes/demo.yaml", {"seed": 3}), {})]
+    assert calls == [("run", {"recipe": "recipes/demo.yaml", "overrides": {"seed": 3}})]
 
 
 def test_evaluate(calls: list, capsys: pytest.CaptureFixture) -> None:
     line = "evaluate a b --corpus ravdess --data_dir d --split validation --output_dir o --batch_size 4"
     assert main([*line.split(), "--corpus_options", "{test_actors: 21-24}"]) == 0
-    named = {"corpus_options": {"test_actors": "21-24"}, "batch_size": 4}
-    assert calls == [("evaluate_models", (["a", "b"], "ravdess", "d", "validation", Path("o")), named)]
+    named = {"corpus": "ravdess", "data_dir": "d", "split": "validation", "output_dir": Path("o"), "batch_size": 4}
+    named |= {"models": ["a", "b"], "corpus_options": {"test_actors": "21-24"}}
+    assert calls == [("evaluate_models", named)]
     assert capsys.readouterr().out.splitlines()[-1] == "Result: figures"
 
 
@@ -84,7 +89,8 @@ def test_evaluate_refuses_corpus_options_that_are_no_mapping(calls: list, capsys
 
 def test_predict_gives_its_own_exit_status(calls: list) -> None:
     assert main(["predict", "model", "a.wav", "folder", "--min_confidence", "0.5", "--timeline"]) == 3
-    ((_, (arguments,), _),) = calls
+    ((_, named),) = calls
+    arguments = named["command"]
     assert (arguments.model, arguments.paths) == ("model", ["a.wav", "folder"])
     assert (arguments.min_confidence, arguments.timeline, arguments.prior) == (0.5, True, "balanced")
 
@@ -93,8 +99,8 @@ def test_convert_and_push(calls: list, capsys: pytest.CaptureFixture) -> None:
     assert main(["convert", "me/theirs", "mine", "--audio_backbone", "b"]) == 0
     assert main(["push", "mine", "me/it", "--private"]) == 0
     assert calls == [
-        ("convert", ("me/theirs", Path("mine")), {"audio_backbone": "b", "lora": "auto"}),
-        ("push", (Path("mine"), "me/it"), {"private": True}),
+        ("convert", {"source": "me/theirs", "destination": Path("mine"), "audio_backbone": "b", "lora": "auto"}),
+        ("push", {"folder": Path("mine"), "repo_id": "me/it", "private": True}),
     ]
     assert capsys.readouterr().out.splitlines() == ["Result: converted", "Result: https://huggingface.co/me/it"]
 
@@ -140,12 +146,12 @@ def test_train_help_lists_the_options(capsys: pytest.CaptureFixture) -> None:
     "error", [SettingsError("no such thing"), FileNotFoundError("no such thing"), ImportError("no such thing")]
 )
 def test_an_expected_error_is_one_line_and_status_2(
-    error: Exception, calls: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def fail(*ignored: object) -> None:
         raise error
 
-    sys.modules["sailer.train"].run = fail
+    monkeypatch.setattr("sailer.train.run", fail)
     assert main(["train", "demo"]) == 2
     assert capsys.readouterr().err == "error: no such thing\n"
     monkeypatch.setenv("SAILER_DEBUG", "1")
@@ -153,16 +159,16 @@ def test_an_expected_error_is_one_line_and_status_2(
         main(["train", "demo"])
 
 
-def test_an_interruption_is_status_130_and_a_bug_keeps_its_traceback(calls: list) -> None:
+def test_an_interruption_is_status_130_and_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*ignored: object) -> None:
         raise KeyboardInterrupt
 
     def broken(*ignored: object) -> None:
         raise RuntimeError("a bug")
 
-    sys.modules["sailer.train"].run = interrupted
+    monkeypatch.setattr("sailer.train.run", interrupted)
     assert main(["train"]) == 130
-    sys.modules["sailer.train"].run = broken
+    monkeypatch.setattr("sailer.train.run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train"])
 

@@ -71,7 +71,7 @@ def outputs(model, batch):
         return {name: value for name, value in model(**batch).items() if value is not None}
 
 
-def assert_same_outputs(model, processor, store, items, tolerance=5e-5):
+def assert_same_outputs(model, processor, store, items):
     direct, kept = collator(processor)(items), collator(processor, store)(items)
     for name in direct:
         if name.endswith("labels"):
@@ -79,7 +79,7 @@ def assert_same_outputs(model, processor, store, items, tolerance=5e-5):
     direct, kept = outputs(model, direct), outputs(model, kept)
     assert set(direct) == set(kept)
     for name, value in direct.items():
-        torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=tolerance, equal_nan=True)
+        torch.testing.assert_close(kept[name], value, rtol=1e-5, atol=5e-5, equal_nan=True)
 
 
 def count_calls(monkeypatch, model):

@@ -48,6 +48,12 @@ def test_entropy_in_nats():
     np.testing.assert_allclose(entropy(np.ones((1, 9))), [math.log(9)])
 
 
+@pytest.mark.parametrize("target", [distribution, consensus, agreement, entropy])
+def test_targets_of_one_clips_votes_are_its_row(target):
+    for votes, expected in zip(VOTES, target(VOTES), strict=True):
+        np.testing.assert_array_equal(target(votes), expected)
+
+
 def test_fleiss_kappa_by_hand():
     # Two clips of three votes: pairs agree 3/3 and 1/3, so 2/3; the classes have 5/6 and 1/6, so 26/36 by chance.
     assert fleiss_kappa(np.array([[3, 0], [2, 1]])) == pytest.approx((2 / 3 - 26 / 36) / (1 - 26 / 36))

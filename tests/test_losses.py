@@ -1,5 +1,6 @@
 """Losses against values worked out by hand, gradients against finite differences, and targets that are unknown."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -138,6 +139,7 @@ def test_adjust_logits_at_inference():
     array = adjust_logits(LOGITS.numpy(), prior, tau=2.0)
     assert isinstance(array, np.ndarray) and array.dtype == np.float32
     np.testing.assert_allclose(array, adjusted.numpy())
+    torch.testing.assert_close(adjust_logits(LOGITS, prior), LOGITS + LOG2)
 
 
 def test_squared_error_by_hand():
@@ -364,6 +366,13 @@ def test_a_minimum_of_the_adjusted_loss_carries_the_implied_weights():
     logits = target.log().requires_grad_()
     objective({"logits": logits}, {"labels": distribution})["loss"].backward()
     torch.testing.assert_close(logits.grad, torch.zeros(1, 3), rtol=0, atol=1e-6)
+
+
+def test_the_defaults_are_the_papers():
+    assert DistributionLoss("focal").focal_gamma == 2.0
+    papers = {"objective": "kl", "target_weighting": "product", "attribute_loss": "mse"}
+    papers |= dict.fromkeys(("secondary_weight", "attribute_weight", "sex_weight", "age_weight"), 1.0)
+    assert dataclasses.asdict(ObjectiveSettings()) == papers | {"focal_gamma": 2.0, "logit_adjustment_train": 0.0}
 
 
 def test_settings_and_inputs_that_cannot_be():

@@ -99,6 +99,19 @@ def test_calibration_bins_are_a_fifteenth_wide():
     assert error(0.45, 0.48) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("edge", range(1, 15))
+def test_every_calibration_bin_ends_at_its_fifteenth(edge):
+    # Two clips beside an edge, confidences 0.02 apart; only if a bin ends there their gaps of opposite sign add up.
+    def row(confidence):
+        return [confidence, *[(1 - confidence) / 39] * 39]
+
+    below, above = edge / 15 - 0.01, edge / 15 + 0.01
+    figures = distribution_metrics([row(below), row(above)], [row(below + 0.005), row(above - 0.005)])
+    assert figures["ece"] == pytest.approx(0.005)
+    figures = distribution_metrics([row(edge / 15), row(below)], [row(edge / 15 + 0.005), row(below - 0.005)])
+    assert figures["ece"] == pytest.approx(0, abs=1e-12), "the edge itself is of the bin below"
+
+
 def test_calibration_of_one_hot_references_is_the_usual_one():
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7]])
     figures = distribution_metrics(probabilities, np.eye(2)[[0, 1, 1]])
@@ -230,6 +243,8 @@ def test_what_cannot_be_scored(clips):
     logits, distributions, labels = clips
     with pytest.raises(ValueError, match="Nothing to score"):
         emotion_report(np.zeros((0, 9)), np.zeros((0, 9)), [])
+    with pytest.raises(ValueError, match=r"Nothing to score: .*got \(\)"):
+        emotion_report(logits, distributions, 3)
     with pytest.raises(ValueError, match=r"logits are \(200, 8\), expected \(200, 9\)"):
         emotion_report(logits[:, :8], distributions, labels)
     with pytest.raises(ValueError, match="Label 9 is outside the label set"):
@@ -264,8 +279,8 @@ def test_shuffled_label_baseline():
     predictions = labels.clip(max=2)
     chance = shuffled_label_f1(predictions, labels, SMALL, seed=1)
     assert chance == pytest.approx(0.5, abs=0.02)
-    assert chance == shuffled_label_f1(predictions, labels, SMALL, seed=1)
-    assert chance != shuffled_label_f1(predictions, labels, SMALL, seed=2)
+    few = {seed: [shuffled_label_f1(predictions, labels, SMALL, seed, repeats=5) for _ in range(2)] for seed in (1, 2)}
+    assert few[1][0] == few[1][1] != few[2][0] == few[2][1]
     # One scored clip of each class and predictions of both: either order, with equal chance, gives 1 or 0.
     assert shuffled_label_f1([0, 1], [0, 1], SMALL, repeats=200) == pytest.approx(0.5, abs=0.12)
 

@@ -183,7 +183,7 @@ def make(tmp_path: Path):
     return run
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "style", "bench"])
+@pytest.mark.parametrize("target", ["demo", "test", "style", "bench", "mutants"])
 def test_each_target_sets_itself_up_from_constraints_first(target: str, make) -> None:
     output, status = make("--dry-run", target, "BENCHMARKS=a.py")
     assert status == 0

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import soundfile
+from matplotlib.figure import Figure
 
 from sailer.data.augmentation import AugmentationSettings
 from sailer.data.preview import preview
@@ -31,7 +32,9 @@ def rows(tmp_path):
     )
 
 
-def test_preview(rows, tmp_path):
+def test_preview(rows, tmp_path, monkeypatch):
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **b: figures.append(figure) or save(figure, *a, **b))
     dataset = PlannedDataset(rows, AugmentationSettings(mixing_probability=1), seed=0)
     folder = preview(dataset, 3, tmp_path / "preview")
     files = sorted(path.name for path in folder.iterdir())
@@ -46,8 +49,13 @@ def test_preview(rows, tmp_path):
         assert sorted(entry["transcript"].split()) == sorted(["help", rows["transcript"][int(name[1])]])
         overlap = min(entry["overlap_seconds"], 0.5, seconds[name])
         expected = seconds[name] + 0.5 + entry["silence_seconds"] - overlap
-        assert soundfile.info(folder / entry["file"]).duration == pytest.approx(expected, abs=2e-4)
+        wave, rate = soundfile.read(folder / entry["file"])
+        assert len(wave) / rate == pytest.approx(expected, abs=2e-4)
+        assert wave.sum() == pytest.approx(0.1 * 16000 * (seconds[name] + 0.5), rel=1e-2)  # both are heard whole
     assert (folder / "class_distribution.png").read_bytes().startswith(b"\x89PNG")
+    before, after = ([bar.get_height() for bar in bars] for bars in figures[0].axes[0].containers)
+    assert before == pytest.approx([0, 0, 0, 25, 0, 75, 0, 0, 0])
+    assert after == pytest.approx([0, 0, 0, 62.5, 0, 37.5, 0, 0, 0])  # a half of each of the three mixes is Fear
 
 
 def test_changed_clips_come_before_others_and_all_is_the_most(rows, tmp_path):

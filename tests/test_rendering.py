@@ -74,6 +74,11 @@ def test_an_overlap_counts_twice_in_the_shares():
     )
 
 
+def test_an_overlap_longer_than_the_limit():
+    first, second = ramp(1, 10), ramp(20, 10)
+    np.testing.assert_allclose(mix(first, second, -9, limit=4), first[:4] + second[:4], rtol=1e-6)
+
+
 lengths, gaps = st.integers(1, 40), st.integers(-30, 30)
 
 

@@ -186,7 +186,9 @@ def test_cached_features_train_to_the_same_system(tmp_path: Path) -> None:
         planned = PlannedDataset(corpus["train"], settings.augmentation, system.label_set, seed=0)
         features = cache_features(settings, system, [planned, corpus["validation"]], tmp_path)
         assert (features is None) == (cache == "off")
+        before = system.model.heads["primary"][-1].weight.detach().clone()
         fit(settings, system, planned, corpus["validation"], features)
+        assert (system.model.heads["primary"][-1].weight - before).abs().max() > 1e-3
         states.append(system.model.state_dict())
     for name, value in states[0].items():
         np.testing.assert_allclose(value.numpy(), states[1][name].numpy(), atol=2e-5, err_msg=name)

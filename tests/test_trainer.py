@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer, SailerTrainingArguments
 from sailer.data.augmentation import AugmentationSettings
@@ -52,7 +53,7 @@ def trainer(folder, tiny_sailer, rows, plan=None, settings=None, config=None, **
     torch.manual_seed(0)
     model = SailerForAudioClassification.from_pretrained(tiny_sailer, conv_dropout=0.0, **(config or {}))
     processor = SailerProcessor.from_pretrained(tiny_sailer)
-    extra = {name: options.pop(name) for name in ("manifold_mixup",) if name in options}
+    extra = {name: options.pop(name) for name in ("manifold_mixup", "callbacks") if name in options}
     heads = options.pop("heads", HEADS)
     arguments = {
         "per_device_train_batch_size": 8,
@@ -162,11 +163,17 @@ def test_evaluation_loss_is_the_mean_over_clips(tmp_path, tiny_sailer, rows) -> 
 
 
 def test_training_lowers_the_loss_and_keeps_the_best(tmp_path, tiny_sailer, rows) -> None:
+    class Spoil(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model, **kwargs) -> None:
+            if state.epoch >= 5:
+                model.heads["primary"][-1].bias.data[0] += 20
+
     run = trainer(
         tmp_path,
         tiny_sailer,
         rows,
         num_train_epochs=6,
+        callbacks=[Spoil()],
         learning_rate=5e-3,
         save_strategy="epoch",
         load_best_model_at_end=True,
@@ -175,7 +182,7 @@ def test_training_lowers_the_loss_and_keeps_the_best(tmp_path, tiny_sailer, rows
     assert run.args.greater_is_better is False
     run.train()
     divergences = [entry["eval_kl"] for entry in run.state.log_history if "eval_kl" in entry]
-    assert min(divergences) < divergences[0]
+    assert min(divergences) < divergences[0] and min(divergences) < divergences[-1] - 1
     assert run.state.best_metric == pytest.approx(min(divergences))
     assert run.evaluate()["eval_kl"] == pytest.approx(min(divergences), rel=1e-5)
     weights = [path.name for path in tmp_path.glob("checkpoint-*/*model*") if path.suffix != ".py"]
@@ -194,6 +201,15 @@ def test_manifold_mixup_trains_and_evaluation_does_not_mix(tmp_path, tiny_sailer
     run = trainer(tmp_path, tiny_sailer, rows, manifold_mixup=0.4)
     before = run.evaluate()["eval_loss"]
     assert run.evaluate()["eval_loss"] == before
+    plain = trainer(tmp_path, tiny_sailer, rows)
+    batch = run.data_collator([rows[i] for i in range(8)])
+
+    def loss(run: SailerTrainer, training: bool) -> float:
+        with torch.no_grad():
+            return run.compute_loss(run.model.train(training), dict(batch)).item()
+
+    assert loss(run, training=False) == loss(plain, training=False)
+    assert abs(loss(run, training=True) - loss(plain, training=True)) > 1e-2
     run.train()
     assert np.isfinite(run.state.log_history[0]["loss"])
 

@@ -1,6 +1,7 @@
 """Windows by hand, their properties over many lengths, and what is prepared ahead of the model."""
 
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 
@@ -58,20 +59,39 @@ def test_windows_cover_every_sample_and_none_is_longer_than_a_chunk(
 
 
 def test_lengths_that_cannot_be_are_named() -> None:
-    with pytest.raises(ValueError, match="chunk_length_s is -1; it must be at least 0"):
+    with pytest.raises(ValueError, match="chunk_length_s is -1; it must be a number, at least 0"):
         cut_windows(10, 10, -1, None)
     for stride in (-0.1, (-0.1, 0), (0, -0.1)):
-        with pytest.raises(ValueError, match=r"stride_length_s is -0\.1; it must be at least 0"):
+        with pytest.raises(ValueError, match=r"stride_length_s is -0\.1; it must be a number, at least 0"):
             cut_windows(10, 10, 2, stride)
+    for strides in ((), (1,), (0.1, 0.1, 0.1)):
+        with pytest.raises(ValueError, match=r"stride_length_s is \(.*give one number of seconds, or two"):
+            cut_windows(10, 10, 2, strides)
     with pytest.raises(ValueError, match=r"stride_length_s \(1 and 1 s\) leaves nothing of a window of 2 s"):
         cut_windows(10, 10, 2, 1)
 
 
 def test_at_least() -> None:
-    assert at_least("top_k", 1, 1) == 1 and at_least("top_k", 2.5, 1) == 2.5
-    for value in (0.99, float("nan")):
-        with pytest.raises(ValueError, match=f"top_k is {value}; it must be at least 1"):
+    assert at_least("top_k", 1, 1) == 1 and at_least("stride_length_s", 2.5, 1.0) == 2.5
+    for value in (0.99, math.nan, math.inf, "2", None):
+        with pytest.raises(ValueError, match=f"stride_length_s is {value!r}; it must be a number, at least 1"):
+            at_least("stride_length_s", value, 1.0)
+    for value in (0, 2.5, 1.0):
+        with pytest.raises(ValueError, match=f"top_k is {value}; it must be a whole number, at least 1"):
             at_least("top_k", value, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("The audio is empty."), "The audio is empty."),
+        (FileNotFoundError("No such audio file: a.wav"), "No such audio file: a.wav"),
+        (ValueError(), "ValueError: "),
+        (MemoryError("too much"), "MemoryError: too much"),
+    ],
+)
+def test_a_clips_message_says_what_was_wrong(error: Exception, message: str) -> None:
+    assert Clip(error=error).message == message
 
 
 def test_a_clip_is_done_when_every_window_has_its_output() -> None:
@@ -81,7 +101,7 @@ def test_a_clip_is_done_when_every_window_has_its_output() -> None:
     assert not clip.is_done
     clip.outputs[0] = {"logits": torch.zeros(9)}
     assert clip.is_done
-    assert Clip(error=ValueError("no audio")).is_done, "there is nothing to wait for"
+    assert Clip(timestamps=[(0, 1)], error=ValueError("no audio")).is_done, "there is nothing to wait for"
     assert Clip().outputs is not Clip().outputs
 
 
