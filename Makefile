@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 # One thread per process: with more the tests that start two processes take twenty times as long.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test slow style bench clean
+.PHONY: demo test slow golden style bench clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
@@ -19,6 +19,9 @@ test: $(STAMP)  ## run the fast tests; make test TESTS="tests/test_losses.py -k 
 
 slow: $(VENV)/installed-all  ## run the tests that take over ten seconds each or need another extra than dev
 	$(PYTEST) -m slow $(TESTS)
+
+golden: $(STAMP)  ## keep what the golden runs give now, where it changed, and show that (tests/golden/README.md)
+	$(PYTEST) -m slow tests/test_golden_runs.py --rewrite-golden
 
 style: $(STAMP)  ## check the style and the format
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Checkpoints that older versions saved (tests/golden/README.md) load and answer as they did when they were made."""
 
-import importlib.util
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -21,15 +21,6 @@ WITHOUT_PART = ("key.bias", "k_proj.bias", "masked_spec_embed", "num_batches_tra
 pytestmark = pytest.mark.parametrize("folder", SYSTEMS, ids=lambda path: f"{path.parent.name}-{path.name}")
 
 
-@pytest.fixture(scope="module")
-def maker() -> ModuleType:
-    """The script that made the checkpoints: it knows the clips and what to ask of a system."""
-    spec = importlib.util.spec_from_file_location("make_checkpoints", GOLDEN / "make_checkpoints.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def load(folder: Path) -> tuple[SailerForAudioClassification, SailerProcessor]:
     return SailerForAudioClassification.from_pretrained(folder), SailerProcessor.from_pretrained(folder)
 
@@ -45,15 +36,17 @@ def same(found: list[dict], expected: list[dict]) -> None:
             np.testing.assert_allclose(clip[name], values, **TOLERANCE, err_msg=f"clip {position}: {name}")
 
 
-def test_it_answers_as_it_did(folder: Path, maker: ModuleType) -> None:
+def test_it_answers_as_it_did(folder: Path, golden_maker: ModuleType) -> None:
     model, processor = load(folder)
-    clips = maker.clips(with_text=processor.tokenizer is not None)
-    same([maker.outputs(model, processor, [clip])[0] for clip in clips], kept(folder, "alone"))
-    same(maker.outputs(model, processor, clips), kept(folder, "batch"))
+    clips = golden_maker.clips(with_text=processor.tokenizer is not None)
+    same([golden_maker.outputs(model, processor, [clip])[0] for clip in clips], kept(folder, "alone"))
+    same(golden_maker.outputs(model, processor, clips), kept(folder, "batch"))
 
 
 @pytest.mark.parametrize("saved_again", [False, True])
-def test_its_pipeline_answers_as_it_did(folder: Path, saved_again: bool, maker: ModuleType, tmp_path: Path) -> None:
+def test_its_pipeline_answers_as_it_did(
+    folder: Path, saved_again: bool, golden_maker: ModuleType, tmp_path: Path
+) -> None:
     model, processor = load(folder)
     if saved_again:  # by this version, with its code beside the weights, as anyone loads it
         model.save_pretrained(tmp_path)
@@ -62,7 +55,7 @@ def test_its_pipeline_answers_as_it_did(folder: Path, saved_again: bool, maker: 
     else:
         classifier = SpeechEmotionPipeline(model=model, processor=processor)
     has_text = processor.tokenizer is not None
-    clips = [{"audio": heard, "text": text} if has_text else heard for heard, text in maker.clips(has_text)]
+    clips = [{"audio": heard, "text": text} if has_text else heard for heard, text in golden_maker.clips(has_text)]
     config = model.config
 
     def answers(batch_size: int) -> list[dict[str, list[float]]]:
@@ -81,9 +74,9 @@ def test_its_pipeline_answers_as_it_did(folder: Path, saved_again: bool, maker: 
             if "age" in clip:
                 values["age"] = [clip["age"]]
             found.append(values)
-            scored = {name: score for name, score in zip(config.labels, values["balanced"], strict=True)}
+            scored = dict(zip(config.labels, values["balanced"], strict=True))
             assert clip["label"] == max(config.scored_labels, key=scored.__getitem__)
-        return [{name: clip[name] for name in expected} for clip, expected in zip(found, kept(folder, "alone"))]
+        return found
 
     same(answers(batch_size=1), kept(folder, "alone"))
     same(answers(batch_size=4), kept(folder, "batch"))
@@ -94,18 +87,18 @@ def in_order(ranked: list[dict], labels: list[str]) -> list[float]:
     return [scores[label] for label in labels]
 
 
-def test_its_answers_tell_clips_and_tensors_apart(folder: Path, maker: ModuleType) -> None:
+def test_its_answers_tell_clips_and_tensors_apart(folder: Path, golden_maker: ModuleType) -> None:
     """Else the tests above would pass with any weights: clips get different answers, and every tensor has its part."""
     clips = kept(folder, "alone")
-    for first, second in zip(clips, clips[1:], strict=False):
+    for first, second in pairwise(clips):
         for name in first.keys() - {"embedding"}:
             assert np.abs(np.subtract(first[name], second[name])).max() > 0.1, name
     model, processor = load(folder)
-    items = maker.clips(with_text=processor.tokenizer is not None)
+    items = golden_maker.clips(with_text=processor.tokenizer is not None)
 
     def changed() -> bool:
         try:
-            same(maker.outputs(model, processor, items), kept(folder, "batch"))
+            same(golden_maker.outputs(model, processor, items), kept(folder, "batch"))
         except AssertionError:
             return True
         return False

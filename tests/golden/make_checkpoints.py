@@ -81,7 +81,7 @@ def make_backbones(folder: Path) -> None:
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
         num_mel_bins=20,
-        max_source_positions=100,
+        max_source_positions=200,
         vocab_size=16,
         pad_token_id=0,
         bos_token_id=1,
@@ -92,7 +92,7 @@ def make_backbones(folder: Path) -> None:
         init_std=0.2,
     )
     WhisperModel(whisper).save_pretrained(folder / "whisper")
-    WhisperFeatureExtractor(feature_size=20, chunk_length=2).save_pretrained(folder / "whisper")
+    WhisperFeatureExtractor(feature_size=20, chunk_length=4).save_pretrained(folder / "whisper")
 
     wavlm = WavLMConfig(
         hidden_size=16,
@@ -160,7 +160,7 @@ def make_system(audio: Path, text: Path | None, **options: Any) -> tuple[Any, An
 
     torch.manual_seed(1)
     model = SailerForAudioClassification.from_audio_text_pretrained(
-        audio, text, hidden_size=16, max_seconds=2.0, **options
+        audio, text, hidden_size=16, max_seconds=4.0, **options
     ).eval()
     tokenizer = None if text is None else AutoTokenizer.from_pretrained(text)
     processor = SailerProcessor(AutoFeatureExtractor.from_pretrained(audio), tokenizer)
