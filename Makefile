@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
 
-.PHONY: demo test slow lowest style bench mutants clean
+.PHONY: demo test slow golden lowest style bench mutants clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
@@ -21,6 +21,9 @@ test: $(STAMP)  ## run the fast tests; make test TESTS="tests/test_losses.py -k 
 
 slow: $(VENV)/installed-all  ## run the tests that take over ten seconds each or need another extra than dev
 	$(PYTEST) -m slow $(TESTS)
+
+golden: $(STAMP)  ## keep what the golden runs give now, where it changed, and show that (tests/golden/README.md)
+	$(PYTEST) -m slow tests/test_golden_runs.py --rewrite-golden
 
 lowest: $(LOWEST)/installed  ## run the fast tests with the lowest versions that setup.cfg allows, but torch as in constraints.txt
 	$(TEST_ENVIRONMENT) $(LOWEST)/bin/python -m pytest -m "not slow" $(TESTS)

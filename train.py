@@ -66,7 +66,8 @@ def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None)
         overrides: options on top of it.
 
     Returns:
-        The folder with the checkpoint, `metrics.json`, plots, model card and the recipe as resolved.
+        The folder with the checkpoint, `metrics.json`, `training_log.json` (losses, gradient norms and learning rates
+        as they were logged), plots, model card and the recipe as resolved.
 
     Raises:
         SettingsError: an unknown option or a contradiction.
@@ -133,6 +134,7 @@ def train(settings: Settings) -> Path:
             system.model.save_pretrained(folder)
             system.processor.save_pretrained(folder)
             write_json(metrics, folder / "metrics.json")
+            write_json(trainer.state.log_history, folder / "training_log.json")
             (folder / "recipe.yaml").write_text(resolved)
             plot_training(trainer.state.log_history, folder / "training_curve.png")
             for name, prediction in predictions.items():

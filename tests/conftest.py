@@ -1,11 +1,13 @@
 """What the tests share: no network, one thread, tiny random backbones and the material in ../shared."""
 
+import importlib.util
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from sailer import SailerForAudioClassification, SailerProcessor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-golden", action="store_true", help="keep the numbers that the golden runs give now")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,6 +39,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared (real speech and reference outputs) is not beside this checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden_maker() -> ModuleType:
+    """The script that made the checkpoints in tests/golden; it makes backbones too, and knows what to ask of them."""
+    script = Path(__file__).parent / "golden" / "make_checkpoints.py"
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

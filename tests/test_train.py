@@ -29,7 +29,7 @@ OPTIONS = {
 }
 LEFT = {
     *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md", "recipe.yaml"),
-    *("metrics.json", "training_curve.png", "confusion_matrix.png"),
+    *("metrics.json", "training_log.json", "training_curve.png", "confusion_matrix.png"),
     *(
         "audio_sailer.py",
         "configuration_sailer.py",
@@ -75,6 +75,10 @@ def test_the_main_job_leaves_one_folder(result: tuple[Path, str]) -> None:
     assert test["baseline_majority_macro_f1"] == pytest.approx(2 * 2 / 18 / 8)  # recall 1, precision 1/8, one class
     assert {"baseline_shuffled_macro_f1", "natural_ece", "natural_uncalibrated_ece"} <= test.keys()
     assert metrics["validation"]["calibration_temperature"] > 0
+    log = json.loads((folder / "training_log.json").read_text(), parse_constant=pytest.fail)  # JSON has no NaN
+    trained = [entry for entry in log if "loss" in entry]
+    assert [entry["epoch"] for entry in trained] == [1, 2] == [entry["epoch"] for entry in log if "eval_loss" in entry]
+    assert all(entry["grad_norm"] > 0 and entry["loss_primary"] and entry["learning_rate"] >= 0 for entry in trained)
     assert printed.count("synthetic-0-test-") == 3 and "trained on shuffled labels" in printed
     assert str(folder) in printed.strip().splitlines()[-1]
 

@@ -174,12 +174,14 @@ def draw_confusion(logits: np.ndarray, labels: np.ndarray, label_set: LabelSet, 
         plot_confusion(place[labels[kept]], place[decisions(logits[kept], label_set)], label_set.scored, path)
 
 
-def write_json(figures: Mapping[str, Any], path: Path) -> None:
+def write_json(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write figures as JSON, which has no NaN: what is not defined becomes null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
         if isinstance(value, float | np.floating):
             return float(value) if math.isfinite(value) else None
         return value
