@@ -31,9 +31,18 @@ FEW_CLIPS = {
     f"corpus_options.{name}": number
     for name, number in {"train_clips": "32", "validation_clips": "16", "test_clips_per_class": "1"}.items()
 }
-ABLATION = {
-    **{"audio_backbone": "tiny-whisper", "epochs": "1", "corpora": "synthetic", "parts": "objective", "seeds": "0"},
-    "synthetic": json.dumps({"train_clips": 24, "validation_clips": 12, "test_clips_per_class": 1, "speakers": 6}),
+SCRIPTS = {
+    "benchmarks/ablation.py": {
+        **{
+            "audio_backbone": "tiny-whisper",
+            "epochs": "1",
+            "corpora": "synthetic",
+            "parts": "objective",
+            "seeds": "0",
+        },
+        "synthetic": json.dumps({"train_clips": 24, "validation_clips": 12, "test_clips_per_class": 1, "speakers": 6}),
+    },
+    "examples/fine_tune_with_trainer.py": {"epochs": "1"},
 }
 
 
@@ -67,7 +76,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return "process", launch + with_options(words, {**ONE_EPOCH, **FEW_CLIPS})
     if program == "python":
-        return "process", [sys.executable, *with_options(words, ABLATION if "ablation" in words[0] else {})]
+        return "process", [sys.executable, *with_options(words, SCRIPTS[words[0]])]
     if program == "pip":
         offline = ["--dry-run", "--no-deps", "--no-build-isolation", "--no-index"]
         return "process", [sys.executable, "-m", "pip", *words, *offline]
@@ -146,6 +155,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_sailer: Path, tiny_s
     for number in range(40):
         rows.append(f"clips/{number}.wav,{('hap', 'sad', 'ang', 'neu')[number % 4]},speaker{number // 4}")
         write_noise(folder / "clips" / f"{number}.wav", seed=number)
+        write_noise(folder / "CLASSES_FOLDER" / ("calm", "tense")[number % 2] / f"{number}.wav", seed=number)
     (folder / "clips.csv").write_text("\n".join(rows) + "\n")
     for who in ("anna", "ben", "cleo", "dan"):
         for number, emotion in enumerate(("happy", "plain", "happy", "plain")):
