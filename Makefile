@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
 
-.PHONY: demo test slow golden lowest style bench mutants clean
+.PHONY: demo test slow golden lowest style bench mutants docs docs-serve clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
@@ -41,8 +41,14 @@ bench: $(STAMP)  ## run the benchmarks; make bench BENCHMARKS=benchmarks/inferen
 mutants: $(VENV)/installed-mutants  ## change 300 places of the numeric modules, one at a time: how many do the tests notice? (an hour)
 	$(BIN)/python tests/mutants.py $(MUTANTS)
 
+docs: $(VENV)/installed-docs  ## build the documentation into site/, strictly: a broken link or a missing page stops it
+	$(BIN)/properdocs build --strict
+
+docs-serve: $(VENV)/installed-docs  ## show the documentation at http://127.0.0.1:8000 while it is written
+	$(BIN)/properdocs serve --strict
+
 clean:  ## remove what the other targets made, .venv too
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here; install Python 3.11 or later, or: make PYTHON=/path/to/python" >&2; exit 1; }
