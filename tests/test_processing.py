@@ -111,6 +111,17 @@ def test_other_rates_are_resampled(speech: SailerProcessor) -> None:
 
 
 @pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
+def test_resampling_is_librosas(rate: int, tmp_path: Path) -> None:
+    import librosa
+
+    waveform = np.random.default_rng(0).normal(0, 0.1, 3 * rate).astype(np.float32)
+    expected = librosa.resample(waveform, orig_sr=rate, target_sr=16000)
+    np.testing.assert_allclose(load_audio({"array": waveform, "sampling_rate": rate}), expected, atol=1e-6)
+    soundfile.write(tmp_path / "clip.wav", waveform, rate, subtype="FLOAT")
+    np.testing.assert_allclose(load_audio(tmp_path / "clip.wav"), expected, atol=1e-5)  # block by block
+
+
 @pytest.mark.parametrize("channels", [1, 2])
 def test_files_of_any_rate_and_channels(rate: int, channels: int, tmp_path: Path) -> None:
     path = tmp_path / "clip.wav"
