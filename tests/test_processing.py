@@ -110,7 +110,6 @@ def test_other_rates_are_resampled(speech: SailerProcessor) -> None:
     assert expected.mean(-1).argmax() == resampled.mean(-1).argmax()
 
 
-@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
 @pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
 def test_resampling_is_librosas(rate: int, tmp_path: Path) -> None:
     import librosa
@@ -122,6 +121,7 @@ def test_resampling_is_librosas(rate: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(load_audio(tmp_path / "clip.wav"), expected, atol=1e-5)  # block by block
 
 
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_files_of_any_rate_and_channels(rate: int, channels: int, tmp_path: Path) -> None:
     path = tmp_path / "clip.wav"
