@@ -185,7 +185,7 @@ def test_each_hook_finds_its_fault_and_passes_what_is_well(tmp_path: Path, monke
 def test_git_leaves_out_what_the_targets_make(tmp_path: Path) -> None:
     if not shutil.which("make"):
         pytest.skip("make is not installed")
-    dry_run = ["make", "--dry-run", "clean"]
+    dry_run = ["make", "--no-print-directory", "--dry-run", "clean"]
     clean = subprocess.run(dry_run, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     made = clean.split()[2:]
     assert clean.startswith("rm -rf ") and {".venv", ".venv-lowest", "build", "dist"} <= set(made)
