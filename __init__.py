@@ -19,7 +19,7 @@ _PUBLIC = {
     "SailerProcessor": "processing_sailer",
     "SpeechEmotionPipeline": "pipeline_sailer",
     "SailerTrainer": "training.trainer",
-    "SailerTrainingArguments": "training.trainer",
+    "SailerTrainingArguments": "training.arguments",
 }
 
 __all__ = [
