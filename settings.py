@@ -292,12 +292,13 @@ def option_descriptions() -> list[OptionDescription]:
     for part, kind in _parts().items():
         entries = google.parse(kind.__doc__ or "").params
         texts = {name: entry.description for entry in entries for name in entry.arg_name.split(", ")}
+        items = {item.name: item for item in dataclasses.fields(kind)}
         bases = filter(dataclasses.is_dataclass, kind.__mro__[1:])
-        inherited = {item.name: item.metadata.get("help") for base in bases for item in dataclasses.fields(base)}
+        inherited = {item.name: item.metadata.get("help", "") for base in bases for item in dataclasses.fields(base)}
         shown = {name: hint for name, hint in _options(kind).items() if name not in {*NOT_IN_THE_MAIN_JOB, *SECRETS}}
         for name in sorted(shown, key=lambda name: name not in texts):
             text = " ".join((texts.get(name) or inherited[name].replace("%%", "%")).split())
-            default = default_of(kind.__dataclass_fields__[name])
+            default = default_of(items[name])
             written = repr(default) if isinstance(default, str) else _in_yaml([default], flow=True)[1:-2]
             found.append(OptionDescription(part, name, _describe(shown[name]), written, text))
     return found
@@ -352,6 +353,12 @@ def _check(settings: Settings) -> None:
             "backbone_learning_rate is set but every backbone is frozen: set freeze_audio (or freeze_text) to false, "
             "or leave it out."
         )
+    trains_text = model.base_model or (model.text_backbone and not model.freeze_text)
+    if settings.training.neftune_noise_alpha and not trains_text:
+        raise SettingsError(
+            "neftune_noise_alpha is set but no text encoder trains: set text_backbone, and freeze_text to false, or "
+            "leave it out."
+        )
     if settings.augmentation.text_dropout and not (model.text_backbone or model.base_model):
         raise SettingsError(
             "text_dropout is set but the system has no text encoder: set text_backbone, or text_dropout to 0."
@@ -395,6 +402,7 @@ def _yaml() -> YAML:
 
 def _in_yaml(value: Any, flow: bool = False) -> str:
     yaml, text = _yaml(), StringIO()
-    yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = flow, 1000 if flow else 119, False
+    yaml.default_flow_style, yaml.width = flow, 1000 if flow else 119
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(value, text)
     return text.getvalue()

@@ -28,7 +28,7 @@ metric_for_best_model greater_is_better ignore_data_skip restore_callback_states
 data_seed use_cpu accelerator_config dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters
 ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics
-resume_from_checkpoint local_rank
+resume_from_checkpoint local_rank neftune_noise_alpha
 """,
 )
 

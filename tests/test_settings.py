@@ -228,6 +228,8 @@ def test_numbers_are_converted_where_nothing_is_lost() -> None:
         (MINIMAL | {"backbone_learning_rate": 1e-5}, "every backbone is frozen"),
         (MINIMAL | {"backbone_learning_rate": 1e-5, "freeze_text": False}, "every backbone is frozen"),
         (MINIMAL | {"text_dropout": 0.1}, "no text encoder"),
+        (MINIMAL | {"neftune_noise_alpha": 5}, "no text encoder trains"),
+        (MINIMAL | {"neftune_noise_alpha": 5, "text_backbone": "tiny-text"}, "no text encoder trains"),
     ],
 )
 def test_contradictions_are_refused(options: dict, message: str) -> None:
@@ -374,7 +376,6 @@ REFUSED = {
     "label_smoothing_factor": 0.1,
     "length_column_name": "duration",
     "liger_kernel_config": {"rope": True},
-    "neftune_noise_alpha": 5,
     "optim_target_modules": ["fc1"],
     "parallelism_config": {"tp_size": 2},
     "prediction_loss_only": True,

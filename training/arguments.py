@@ -32,7 +32,6 @@ NOT_HONOURED = {
     "label_smoothing_factor": "the annotators' votes are soft targets already, and not smoothed; leave it out.",
     "length_column_name": _ORDER,
     "liger_kernel_config": _LIGER,
-    "neftune_noise_alpha": "it is for token embeddings of language models; text_dropout and manifold_mixup are ours.",
     "optim_target_modules": "GaLore and APOLLO, which it is for, are not supported; choose another optim.",
     "parallelism_config": _SPLIT,
     "prediction_loss_only": "metrics are always computed; leave it out (eval_strategy: no skips the evaluations).",
@@ -122,7 +121,7 @@ class SailerTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 is true, which does nothing on a CPU: set bf16 instead, or leave it out.")
-        if not self.accelerator_config.even_batches:
+        if not getattr(self.accelerator_config, "even_batches", True):
             raise ValueError("even_batches is false: processes that evaluate would wait for each other; leave it out.")
 
 
