@@ -8,7 +8,8 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from sailer.modeling_sailer import SailerForAudioClassification, SailerModel
     from sailer.pipeline_sailer import SpeechEmotionPipeline
     from sailer.processing_sailer import SailerProcessor
-    from sailer.training.trainer import SailerTrainer, SailerTrainingArguments
+    from sailer.training.arguments import SailerTrainingArguments
+    from sailer.training.trainer import SailerTrainer
 
 __version__ = "0.1.0"
 
@@ -19,7 +20,7 @@ _PUBLIC = {
     "SailerProcessor": "processing_sailer",
     "SpeechEmotionPipeline": "pipeline_sailer",
     "SailerTrainer": "training.trainer",
-    "SailerTrainingArguments": "training.trainer",
+    "SailerTrainingArguments": "training.arguments",
 }
 
 __all__ = [

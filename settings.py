@@ -1,24 +1,29 @@
-"""A flat recipe (YAML) and command-line options go in; out come the dataclasses that set each part of the main job."""
+"""A flat recipe (YAML) and command-line options go in; out come the dataclasses that set each part of the main job.
+
+YAML 1.2 is read and written by ruamel.yaml, values are converted by pydantic, help is read by docstring_parser.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import re
-import types
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 if TYPE_CHECKING:
     from sailer.data.augmentation import AugmentationSettings
     from sailer.data.schema import LabelSet
+    from sailer.training.arguments import SailerTrainingArguments
     from sailer.training.losses import ObjectiveSettings
-    from sailer.training.trainer import SailerTrainingArguments
 
 RECIPES = Path(__file__).parent / "recipes"
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
@@ -149,6 +154,17 @@ class Settings:
     given: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class OptionDescription:
+    """An option as help and documentation show it: its part ("model", ...), and its default as YAML has it."""
+
+    part: str
+    name: str
+    type: str
+    default: str
+    help: str
+
+
 def bundled_recipes() -> dict[str, Path]:
     """Name -> file of every recipe that comes with the package."""
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
@@ -169,9 +185,10 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
             raise SettingsError(f"Recipe {name_or_path} {kind}; name a YAML file or one of {', '.join(bundled)}.")
         path = bundled[named]
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"Recipe {path} is not YAML: {error}") from error
+        recipe = _yaml().load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        reason = f"{error.problem}\n{error.problem_mark}" if isinstance(error, MarkedYAMLError) else error
+        raise SettingsError(f"Recipe {path} is not YAML: {reason}") from error
     if not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
         raise SettingsError(f"Recipe {path} is not a list of 'option: value' lines.")
     return recipe
@@ -185,19 +202,18 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         SettingsError: a value before the first option, or one that is not YAML.
     """
-    given: dict[str, list[str]] = {}
+    given: dict[str, list[Any]] = {}
     name = None
     for argument in arguments:
         if argument.startswith("--") and len(argument) > 2:
-            name, equals, value = argument[2:].partition("=")
+            name, equals, text = argument[2:].partition("=")
             name = name.replace("-", "_")
-            given[name] = [value] if equals else []
+            given[name] = [_parse_value(name, text)] if equals else []
         elif name is None:
             raise SettingsError(f"Unexpected argument {argument!r}: options are given as --option value.")
         else:
-            given[name].append(argument)
-    parsed = {name: [_parse_value(name, text) for text in texts] for name, texts in given.items()}
-    return {name: True if not values else values[0] if len(values) == 1 else values for name, values in parsed.items()}
+            given[name].append(_parse_value(name, argument))
+    return {name: True if not values else values[0] if len(values) == 1 else values for name, values in given.items()}
 
 
 def resolve(
@@ -215,9 +231,12 @@ def resolve(
         origin: what error messages call the recipe.
 
     Raises:
-        SettingsError: an unknown option (names the nearest known one), a value of the wrong type, or options that
-            contradict each other; the message names where the option came from.
+        SettingsError: an unknown option (names the nearest known one), a value of the wrong type, a training argument
+            that is not honoured (with the reason), or options that contradict each other; the message names where the
+            option came from.
     """
+    from sailer.training.arguments import refusal
+
     parts = _parts()
     known = {name: hint for part in parts.values() for name, hint in _options(part).items()}
     values: dict[str, Any] = {}
@@ -225,17 +244,20 @@ def resolve(
         for name, value in options.items():
             option, dot, key = name.partition(".")
             if option not in known:
-                raise SettingsError(_unknown_option(option, known, source))
+                nearest = difflib.get_close_matches(option, known, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else "`sailer train --help` lists the options."
+                raise SettingsError(f"Unknown option {option!r} ({source}): {hint}")
             if dot:
                 if not isinstance(values.get(option, {}), dict):
                     raise SettingsError(f"Option {name!r} ({source}): {option} is not a mapping.")
                 value = values.get(option, {}) | {key: value}
+            told = f"Option {option!r} ({source}) is {value!r}"
+            if reason := refusal(option, value):
+                raise SettingsError(f"{told}: {reason}")
             try:
-                values[option] = _coerce(value, known[option])
-            except (TypeError, ValueError) as error:
-                raise SettingsError(
-                    f"Option {option!r} ({source}) is {value!r}, expected {_describe(known[option])}."
-                ) from error
+                values[option] = _converted(value, known[option])
+            except ValueError as error:
+                raise SettingsError(f"{told}, expected {_describe(known[option])}.") from error
     built = {
         name: part(**{option: values[option] for option in _options(part) if option in values})
         for name, part in parts.items()
@@ -248,60 +270,56 @@ def resolve(
 
 def to_yaml(settings: Settings) -> str:
     """The recipe as resolved: all options of ours and the training arguments that were named. It reads back equal."""
-    text, written = "# The recipe as resolved; run it again with: sailer train THIS_FILE\n", set()
-    for name in ("model", "data", "augmentation", "objective"):
-        options = dataclasses.asdict(getattr(settings, name))
-        text += _section(name, {option: value for option, value in options.items() if option not in written})
+    text, written = "# The recipe as resolved; run it again with: sailer train THIS_FILE\n", {*SECRETS}
+    for part in ("model", "data", "augmentation", "objective", "training"):
+        options = settings.given if part == "training" else dataclasses.asdict(getattr(settings, part))
+        options = {name: value for name, value in options.items() if name not in written}
+        text += f"\n# {part}\n" + (_in_yaml(options) if options else "")
         written |= set(options)
-    training = {name: value for name, value in settings.given.items() if name not in {*written, *SECRETS}}
-    return text + _section("training", training)
-
-
-def option_help() -> str:
-    """Every option of ours with its type and default, by part, for `sailer train --help`."""
-    text = ""
-    for name, part in _parts().items():
-        if name == "training":
-            return (
-                text + "training: every field of SailerTrainingArguments (transformers.TrainingArguments and ours)\n"
-            )
-        text += f"{name}:\n"
-        for item in dataclasses.fields(part):
-            factory = item.default_factory
-            default = item.default if factory is dataclasses.MISSING else factory()
-            text += f"  --{item.name}  {_describe(_options(part)[item.name])}, default {_in_yaml(default)}\n"
     return text
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML in which 5e-4 is a number, `no` and `off` are words, and no option stands twice."""
+def option_descriptions() -> list[OptionDescription]:
+    """Every option that the main job honours, by part, those first that the part's own docstring explains.
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    Arguments that SailerTrainingArguments leaves as they are have transformers' text.
+    """
+    from docstring_parser import google
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        repeated = sorted({key for key in keys if isinstance(key, str) and keys.count(key) > 1})
-        if repeated:
-            raise yaml.constructor.ConstructorError(None, None, f"{repeated} given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    from sailer.training.arguments import NOT_IN_THE_MAIN_JOB, default_of
+
+    found = []
+    for part, kind in _parts().items():
+        entries = google.parse(kind.__doc__ or "").params
+        texts = {name: entry.description for entry in entries for name in entry.arg_name.split(", ")}
+        items = {item.name: item for item in dataclasses.fields(kind)}
+        bases = filter(dataclasses.is_dataclass, kind.__mro__[1:])
+        inherited = {item.name: item.metadata.get("help", "") for base in bases for item in dataclasses.fields(base)}
+        shown = {name: hint for name, hint in _options(kind).items() if name not in {*NOT_IN_THE_MAIN_JOB, *SECRETS}}
+        for name in sorted(shown, key=lambda name: name not in texts):
+            text = " ".join((texts.get(name) or inherited[name].replace("%%", "%")).split())
+            default = default_of(items[name])
+            written = repr(default) if isinstance(default, str) else _in_yaml([default], flow=True)[1:-2]
+            found.append(OptionDescription(part, name, _describe(shown[name]), written, text))
+    return found
 
 
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+def option_help() -> str:
+    """Every option with its type, default and text, by part, for `sailer train --help`."""
+    text, described = "", option_descriptions()
+    for part, kind in _parts().items():
+        text += f"{part} ({kind.__name__}):\n"
+        for option in (option for option in described if option.part == part):
+            text += f"  --{option.name}  {option.type}, default {option.default}\n"
+            text += textwrap.fill(option.help, 106, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
+    return text
 
 
 def _parts() -> dict[str, type]:
     # Imported here because they bring torch and transformers, which reading or listing recipes does not need.
     from sailer.data.augmentation import AugmentationSettings
+    from sailer.training.arguments import SailerTrainingArguments
     from sailer.training.losses import ObjectiveSettings
-    from sailer.training.trainer import SailerTrainingArguments
 
     return {
         "model": ModelSettings,
@@ -335,71 +353,56 @@ def _check(settings: Settings) -> None:
             "backbone_learning_rate is set but every backbone is frozen: set freeze_audio (or freeze_text) to false, "
             "or leave it out."
         )
+    trains_text = model.base_model or (model.text_backbone and not model.freeze_text)
+    if settings.training.neftune_noise_alpha and not trains_text:
+        raise SettingsError(
+            "neftune_noise_alpha is set but no text encoder trains: set text_backbone, and freeze_text to false, or "
+            "leave it out."
+        )
     if settings.augmentation.text_dropout and not (model.text_backbone or model.base_model):
         raise SettingsError(
             "text_dropout is set but the system has no text encoder: set text_backbone, or text_dropout to 0."
         )
 
 
-def _unknown_option(name: str, known: Mapping[str, Any], source: str) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "`sailer train --help` lists the options."
-    return f"Unknown option {name!r} ({source}): {hint}"
-
-
 def _parse_value(name: str, text: str) -> Any:
     try:
-        value = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
+        value = _yaml().load(text)
+    except YAMLError as error:
         raise SettingsError(f"The value of --{name} is not YAML: {text!r}; put it in quotes.") from error
     # A number that is written otherwise than Python would (010, 1_000) may be a name: the option's type decides.
-    return value if isinstance(value, (bool, list, dict)) or value is None or str(value) == text else text
+    plain = isinstance(value, int | float) and str(value) == text
+    return value if plain or value is None or isinstance(value, bool | list | dict) else text
 
 
-def _coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` asks for; TypeError or ValueError where something would be lost or guessed."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if type(value) in arguments:
-            return value
-        for argument in arguments:
-            try:
-                return _coerce(value, argument)
-            except (TypeError, ValueError):
-                continue
-        raise TypeError
-    if origin is Literal:
-        return arguments[arguments.index(value)]
-    if origin in (list, tuple, Sequence):
-        values = list(value) if isinstance(value, (list, tuple)) else [value]
-        item = arguments[0] if arguments else Any
-        converted = [_coerce(one, item) for one in values]
-        return tuple(converted) if origin is tuple else converted
-    expected = origin or hint
-    if expected in (int, float, str):
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError
-        converted = expected(value)
-        if isinstance(value, float) and expected is int and converted != value:
-            raise ValueError
-        return converted
-    if expected in (bool, dict, types.NoneType) and not isinstance(value, expected):
-        raise TypeError
-    return value
+def _converted(value: Any, hint: Any) -> Any:
+    """`value` as the type that `hint` asks for; ValueError where something would be lost or guessed."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
+    try:
+        converted = adapter.validate_python(value)
+    except ValidationError:
+        converted = adapter.validate_python([value])  # one value stands for a list of it
+    if isinstance(value, bool) != isinstance(converted, bool):
+        raise ValueError("true is not 1")
+    return converted
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+    return re.sub(r"\w+\.", "", str(hint)) if typing.get_args(hint) else getattr(hint, "__name__", str(hint))
 
 
-def _in_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+def _yaml() -> YAML:
+    """YAML 1.2: 5e-4 is a number, `no` and `off` are words, and no option stands twice."""
+    return YAML(typ="safe", pure=True)
 
 
-def _section(name: str, options: Mapping[str, Any]) -> str:
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    return f"\n# {name}\n" + (yaml.safe_dump(plain, sort_keys=False, width=119) if plain else "")
+def _in_yaml(value: Any, flow: bool = False) -> str:
+    yaml, text = _yaml(), StringIO()
+    yaml.default_flow_style, yaml.width = flow, 1000 if flow else 119
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(value, text)
+    return text.getvalue()

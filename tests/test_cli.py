@@ -9,7 +9,7 @@ import pytest
 from sailer.cli import main
 from sailer.settings import SettingsError
 
-HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "matplotlib", "soxr", "pandas")
+HEAVY = ("torch", "transformers", "datasets", "evaluate", "sklearn", "matplotlib", "soxr", "pandas", "pydantic")
 
 
 @pytest.fixture
@@ -39,17 +39,20 @@ def run_python(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
 
-def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("argument", ["--help", "recipes"])
+def test_help_and_the_list_of_recipes_load_nothing_heavy(argument: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 from sailer.cli import main
 try:
-    main(["--help"])
+    main(["{argument}"])
 finally:
     print("loaded:", [name for name in {HEAVY} if name in sys.modules])
 """
     done = run_python(code, tmp_path)
     assert "loaded: []" in done.stdout
+    if argument == "recipes":
+        return
     for command in ("train", "evaluate", "predict", "convert", "data", "push", "recipes"):
         assert f"    {command} " in done.stdout
 
@@ -139,7 +142,9 @@ def test_train_help_lists_the_options(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "demo", "-h"])
     assert ended.value.code == 0
-    assert "--mixing_probability  float, default 0.0" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "--mixing_probability  float, default 0.0" in text
+    assert "probability p_a with which a clip is mixed with another one." in text
 
 
 @pytest.mark.parametrize(

@@ -3,70 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from sailer.data.sampler import EpochSampler, PlannedDataset
 from sailer.data.schema import LabelSet
+from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import SailerObjective
 
-TARGETS = ("labels", "secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 # In a batch for scoring but not for the model: the consensus label that the corpus publishes.
 CONSENSUS = "consensus"
 # What the terminal shows of an evaluation; the log and metrics.json hold all of it.
 SHOWN = ("loss", "macro_f1", "accuracy", "min_map", "ccc")
-
-
-@dataclass
-class SailerTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the paper's settings as defaults: learning rate 5e-4, 15 epochs, one seed.
-
-    `backbone_learning_rate` is that of towers that are fine-tuned: weights that were pre-trained want a lower one than
-    heads that start afresh. None gives them the `learning_rate`.
-
-    Not said in the paper and chosen here: batches of 32 clips, AdamW, a linear schedule after 5 % of warm-up steps,
-    gradients clipped at 1. The best epoch by `metric_for_best_model` is kept, any key of
-    `sailer.training.metrics.emotion_report`; its direction follows from the metric.
-    """
-
-    output_dir: str = "outputs"
-    learning_rate: float = 5e-4
-    backbone_learning_rate: float | None = None
-    num_train_epochs: float = 15
-    per_device_train_batch_size: int = 32
-    per_device_eval_batch_size: int = 32
-    warmup_steps: float = 0.05
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    logging_strategy: str = "epoch"
-    save_total_limit: int | None = 1
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "macro_f1"
-    remove_unused_columns: bool = False
-    label_names: list[str] | None = field(default_factory=lambda: list(TARGETS))
-    report_to: str | list[str] | None = "none"
-    # True, which Trainer.train takes too: the last one of an interrupted run.
-    resume_from_checkpoint: str | bool | None = None  # type: ignore[assignment]
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
-
-    def __post_init__(self) -> None:
-        if self.backbone_learning_rate is not None and not self.backbone_learning_rate > 0:
-            raise ValueError(
-                f"backbone_learning_rate is {self.backbone_learning_rate}: give a positive rate, or freeze the towers "
-                "(freeze_audio, freeze_text)."
-            )
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            from sailer.training.metrics import greater_is_better
-
-            name = self.metric_for_best_model.removeprefix("eval_")
-            self.greater_is_better = greater_is_better(name) and not name.startswith("loss")
-        super().__post_init__()
 
 
 class SplitPrediction(NamedTuple):

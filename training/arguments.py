@@ -1,0 +1,138 @@
+"""The training arguments: transformers' with the paper's settings as defaults, and those of them that are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+TARGETS = ("labels", "secondary_labels", "attribute_labels", "sex_labels", "age_labels")
+
+_ORDER = "the order of an epoch's clips follows from its number and data_seed; leave it out."
+_SPLIT = "a model split over processes is not supported; leave it out, and start a process per GPU with torchrun."
+_LIGER = "there are no such kernels for these models; leave it out (bf16 and torch_compile save time)."
+
+# What SailerTrainer would ignore or fail with: argument -> why, and the way out.
+NOT_HONOURED = {
+    "average_tokens_across_devices": "the loss is a mean over clips and counts no tokens; leave it out.",
+    "batch_eval_metrics": "the metrics want all clips at once; leave it out (eval_accumulation_steps saves memory).",
+    "dataloader_drop_last": "validation and test figures would lack their last clips too; leave it out.",
+    "debug": "its hooks fail on the model's masks; logging_nan_inf_filter: false shows losses that are not finite.",
+    "deepspeed": _SPLIT,
+    "eval_do_concat_batches": "the metrics want all clips at once; leave it out.",
+    "eval_use_gather_object": "predictions are tensors, and are gathered as such; leave it out.",
+    "fsdp": _SPLIT,
+    "fsdp_config": _SPLIT,
+    "include_for_metrics": "the metrics use outputs and targets alone; leave it out.",
+    "include_num_input_tokens_seen": "speech has no tokens that could be counted; leave it out.",
+    "label_names": "the targets follow from the model's heads; set heads instead.",
+    "label_smoothing_factor": "the annotators' votes are soft targets already, and not smoothed; leave it out.",
+    "length_column_name": _ORDER,
+    "liger_kernel_config": _LIGER,
+    "optim_target_modules": "GaLore and APOLLO, which it is for, are not supported; choose another optim.",
+    "parallelism_config": _SPLIT,
+    "prediction_loss_only": "metrics are always computed; leave it out (eval_strategy: no skips the evaluations).",
+    "remove_unused_columns": "the collator needs every column; leave it out.",
+    "train_sampling_strategy": _ORDER,
+    "use_cache": "nothing is generated; leave it out (cache_features keeps the states of a frozen encoder).",
+    "use_liger_kernel": _LIGER,
+}
+
+_HALF = "the system would be saved in half precision; leave it out: with bf16 or fp16 evaluation is in it too."
+_PUSH = "checkpoints are not pushed; push the finished system: sailer push DIR REPO_ID."
+_STEPS = (
+    "`sailer train` always trains, validates and tests; leave it out (`sailer evaluate` is for a finished system)."
+)
+
+# The main job also refuses what it has no use for or what would spoil its result; a script of one's own may want it.
+NOT_IN_THE_MAIN_JOB = NOT_HONOURED | {
+    "bf16_full_eval": _HALF,
+    "do_eval": _STEPS,
+    "do_predict": _STEPS,
+    "do_train": _STEPS,
+    "enable_jit_checkpoint": "a stopped run would finish with half-trained weights; save_strategy: steps and "
+    "resume_from_checkpoint carry a run over an interruption.",
+    "fp16_full_eval": _HALF,
+    "hub_always_push": _PUSH,
+    "hub_model_id": _PUSH,
+    "hub_revision": _PUSH,
+    "hub_strategy": _PUSH,
+    "push_to_hub": _PUSH,
+}
+
+
+@dataclass
+class SailerTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the paper's settings as defaults: learning rate 5e-4, 15 epochs, one seed.
+
+    Not said in the paper and chosen here: batches of 32 clips, AdamW, a linear schedule after 5 % of warm-up steps,
+    gradients clipped at 1.
+
+    Args:
+        output_dir: folder for the checkpoints, and in the main job for the finished system.
+        backbone_learning_rate: that of towers that are fine-tuned: weights that were pre-trained want a lower one than
+            heads that start afresh. null gives them the `learning_rate`.
+        metric_for_best_model: the best epoch by it is kept; any key of `sailer.training.metrics.emotion_report`. Its
+            direction follows from the metric.
+        resume_from_checkpoint: folder of a checkpoint to go on from; true: the last one of an interrupted run.
+        dataloader_pin_memory: pin the batches' memory; by default where there is a CUDA GPU.
+
+    Raises:
+        ValueError: an argument that is not honoured (see `NOT_HONOURED`), or arguments that contradict each other.
+    """
+
+    output_dir: str = "outputs"
+    learning_rate: float = 5e-4
+    backbone_learning_rate: float | None = None
+    num_train_epochs: float = 15
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    warmup_steps: float = 0.05
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    logging_strategy: str = "epoch"
+    save_total_limit: int | None = 1
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "macro_f1"
+    remove_unused_columns: bool = False
+    label_names: list[str] | None = field(default_factory=lambda: list(TARGETS))
+    report_to: str | list[str] | None = "none"
+    resume_from_checkpoint: str | bool | None = None  # type: ignore[assignment]  # Trainer.train takes True too
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+
+    def __post_init__(self) -> None:
+        for name in NOT_HONOURED:
+            value = getattr(self, name, None)  # None: this transformers has no such argument
+            if reason := refusal(name, value, NOT_HONOURED):
+                raise ValueError(f"{name} is {value!r}: {reason}")
+        if self.backbone_learning_rate is not None and not self.backbone_learning_rate > 0:
+            raise ValueError(
+                f"backbone_learning_rate is {self.backbone_learning_rate}: give a positive rate, or freeze the towers "
+                "(freeze_audio, freeze_text)."
+            )
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            from sailer.training.metrics import greater_is_better
+
+            name = self.metric_for_best_model.removeprefix("eval_")
+            self.greater_is_better = greater_is_better(name) and not name.startswith("loss")
+        super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 is true, which does nothing on a CPU: set bf16 instead, or leave it out.")
+        if not getattr(self.accelerator_config, "even_batches", True):
+            raise ValueError("even_batches is false: processes that evaluate would wait for each other; leave it out.")
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass's field, made if it is made by a function."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def refusal(name: str, value: Any, table: dict[str, str] = NOT_IN_THE_MAIN_JOB) -> str | None:
+    """The table's reason against a training argument, where `value` is not its default (nor as empty as that)."""
+    item = SailerTrainingArguments.__dataclass_fields__.get(name)
+    if name not in table or item is None or value == default_of(item) or not (value or default_of(item)):
+        return None
+    return table[name]
