@@ -134,7 +134,7 @@ def write_noise(path: Path, seconds: float = 0.4, seed: int = 0) -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_sailer: Path, tiny_speech_sailer: Path) -> Path:
     """A copy of the repository called sailer, with the data and systems that the pages speak of, all tiny."""
     folder = tmp_path_factory.mktemp("reader") / "sailer"
-    left_out = shutil.ignore_patterns(".*", "build", "dist", "site", "outputs", "*.egg-info", "__pycache__")
+    left_out = shutil.ignore_patterns(".git", ".*_cache", ".venv*", "build", "dist", "site", "outputs", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=left_out)
     (folder / ".venv").mkdir()
     for name in ("installed", "installed-all", "installed-docs"):
