@@ -43,6 +43,10 @@ class HubServer(ThreadingHTTPServer):
     def commit_id(self, model: str) -> str:
         return hashlib.sha1(repr(sorted(self.files[model].items())).encode()).hexdigest()
 
+    def is_private(self, model: str) -> bool:
+        asked = self.created[model]  # in the words of huggingface_hub 2, or of 1
+        return asked.get("visibility") == "private" or asked.get("private") is True
+
 
 @contextmanager
 def running_hub() -> Iterator[HubServer]:
@@ -163,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "id": model,
                 "sha": self.server.commit_id(model),
                 "siblings": siblings,
-                "private": self.server.created[model].get("visibility") == "private",
+                "private": self.server.is_private(model),
             },
         )
 

@@ -1,6 +1,7 @@
 """The habits of transformers' users: fine-tuning by stock means, options of loading and calling, stock processors."""
 
 import copy
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -304,9 +305,10 @@ def test_the_processor_is_read_by_many_threads_at_once(tiny_sailer: Path) -> Non
     assert processor.tokenizer is not None
 
 
-def test_the_processor_takes_paths_and_dicts(tiny_sailer: Path, tmp_path: Path, caplog) -> None:
+def test_the_processor_takes_paths_and_dicts(tiny_sailer: Path, tmp_path: Path, caplog, monkeypatch) -> None:
     import soundfile
 
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     processor = SailerProcessor.from_pretrained(tiny_sailer)
     soundfile.write(tmp_path / "clip.wav", tone(1.0), RATE, subtype="FLOAT")
     expected = processor(audio=tone(1.0), text="so happy", sampling_rate=RATE)

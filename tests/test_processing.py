@@ -1,5 +1,6 @@
 """SailerProcessor and load_audio: what goes in is converted or refused by name, and leaves padded and masked."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +96,10 @@ def test_bad_waveforms_name_their_position(speech: SailerProcessor) -> None:
         speech(text="a")
 
 
-def test_without_a_sampling_rate_it_warns(speech: SailerProcessor, caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
-    logging.getLogger("transformers").propagate = True
+def test_without_a_sampling_rate_it_warns(
+    speech: SailerProcessor, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     speech(audio=tone(0.2))
     assert "sampling_rate" in caplog.text
 

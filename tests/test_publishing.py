@@ -39,7 +39,7 @@ def add(folder: Path, files: dict[str, bytes]) -> None:
 def test_push_makes_the_model_and_uploads_the_system(folder: Path, hub) -> None:
     assert push(folder, "it", private=True) == f"{hub.endpoint}/me/it"
     assert hub.files == {"me/it": SYSTEM}
-    assert hub.created["me/it"]["visibility"] == "private"
+    assert hub.is_private("me/it")
     assert list(hub.large.values()) == [SYSTEM["model.safetensors"]]
 
 
@@ -48,7 +48,7 @@ def test_a_second_push_to_the_same_model_replaces_what_changed(folder: Path, hub
     add(folder, {"README.md": b"Better.\n", "audio_tower/config.json": b"{}"})
     assert push(folder, "group/it") == f"{hub.endpoint}/group/it"
     assert hub.files == {"group/it": {**SYSTEM, "README.md": b"Better.\n", "audio_tower/config.json": b"{}"}}
-    assert hub.created["group/it"].get("visibility") != "private"
+    assert not hub.is_private("group/it")
 
 
 def test_training_state_features_and_hidden_files_stay_here(folder: Path, hub) -> None:
