@@ -30,16 +30,7 @@ OPTIONS = {
 LEFT = {
     *("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md", "recipe.yaml"),
     *("metrics.json", "training_log.json", "training_curve.png", "confusion_matrix.png"),
-    *(
-        "audio_sailer.py",
-        "configuration_sailer.py",
-        "encoders_sailer.py",
-        "layers_sailer.py",
-        "modeling_sailer.py",
-        "pipeline_sailer.py",
-        "processing_sailer.py",
-        "windows_sailer.py",
-    ),
+    *(path.name for path in Path(__file__).resolve().parents[1].glob("*_sailer.py")),
 }
 
 

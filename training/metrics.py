@@ -5,8 +5,9 @@ Each figure is also an `evaluate.Metric`, instantiated directly: `MacroF1().comp
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import evaluate
@@ -239,7 +240,7 @@ def shuffled_label_f1(predictions: Any, labels: Any, label_set: LabelSet, seed: 
 
 
 class EmotionMetric(evaluate.Metric):
-    """Base of the metrics below: the figures of one function of this module whose key is `figure` or begins with it.
+    """Base of the metrics below: those figures that `measure` finds whose key is `figure` or begins with it.
 
     Args:
         label_set: the primary emotions; the default ones if none are given.
@@ -248,6 +249,7 @@ class EmotionMetric(evaluate.Metric):
 
     figure: str
     inputs: ClassVar[dict[str, Any]]
+    measure: ClassVar[Callable[..., dict[str, float]]]
 
     def __init__(self, label_set: LabelSet | None = None, **options: Any) -> None:
         self.label_set = label_set or LabelSet()
@@ -262,11 +264,9 @@ class EmotionMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        figures = self._figures(predictions, references)
+        options = {"label_set": self.label_set} if "label_set" in inspect.signature(self.measure).parameters else {}
+        figures = self.measure(predictions, references, **options)
         return {key: value for key, value in figures.items() if f"{key}_".startswith(f"{self.figure}_")}
-
-    def _figures(self, predictions: list, references: list) -> dict[str, float]:
-        raise NotImplementedError
 
 
 class MacroF1(EmotionMetric):
@@ -274,9 +274,7 @@ class MacroF1(EmotionMetric):
 
     figure = "macro_f1"
     inputs = _CLASS_INPUTS
-
-    def _figures(self, predictions: list, references: list) -> dict[str, float]:
-        return decision_metrics(predictions, references, self.label_set)
+    measure = staticmethod(decision_metrics)
 
 
 class Accuracy(MacroF1):
@@ -302,9 +300,7 @@ class MinorityMeanAveragePrecision(EmotionMetric):
 
     figure = "min_map"
     inputs = _SCORE_INPUTS
-
-    def _figures(self, predictions: list, references: list) -> dict[str, float]:
-        return ranking_metrics(predictions, references, self.label_set)
+    measure = staticmethod(ranking_metrics)
 
 
 class ClassAveragePrecision(MinorityMeanAveragePrecision):
@@ -318,9 +314,7 @@ class KullbackLeiblerDivergence(EmotionMetric):
 
     figure = "kl"
     inputs = _VECTOR_INPUTS
-
-    def _figures(self, predictions: list, references: list) -> dict[str, float]:
-        return distribution_metrics(predictions, references)
+    measure = staticmethod(distribution_metrics)
 
 
 class JensenShannonDivergence(KullbackLeiblerDivergence):
@@ -340,9 +334,7 @@ class ConcordanceCorrelation(EmotionMetric):
 
     figure = "ccc"
     inputs = _VECTOR_INPUTS
-
-    def _figures(self, predictions: list, references: list) -> dict[str, float]:
-        return concordance_metrics(predictions, references)
+    measure = staticmethod(concordance_metrics)
 
 
 def _secondary_metrics(logits: Any, distributions: Any) -> dict[str, float]:
