@@ -267,6 +267,14 @@ def test_bundled_recipes_resolve_and_the_resolved_recipe_reads_back_equal(name: 
     assert path.read_text().count("max_seconds:") == 1
 
 
+def test_a_resolved_recipe_has_the_options_in_their_order_and_by_part() -> None:
+    text = to_yaml(resolve(MINIMAL, {"seed": 3, "bf16": False, "corpus_options.b": 1, "corpus_options.a": 2}))
+    names = [item.name for part in list(_parts().values())[:-1] for item in dataclasses.fields(part)]
+    assert re.findall(r"^(\w+):", text, re.MULTILINE) == [*dict.fromkeys(names), "seed", "bf16"]
+    assert re.findall(r"^# (\w+)$", text, re.MULTILINE) == list(_parts())
+    assert "corpus_options:\n  b: 1\n  a: 2\n" in text
+
+
 def test_words_that_look_like_something_else_read_back_equal(tmp_path: Path) -> None:
     words = ["5e-4", "010", "off", "no", "true", "null", "1:30", "2024-01-01", "a: b", "#x", "", "~", "1_000"]
     settings = resolve(

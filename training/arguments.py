@@ -106,7 +106,7 @@ class SailerTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         for name in NOT_HONOURED:
             value = getattr(self, name, None)  # None: this transformers has no such argument
-            if reason := refusal(name, value, NOT_HONOURED):
+            if reason := refusal(name, value):
                 raise ValueError(f"{name} is {value!r}: {reason}")
         if self.backbone_learning_rate is not None and not self.backbone_learning_rate > 0:
             raise ValueError(
@@ -130,9 +130,10 @@ def default_of(item: dataclasses.Field[Any]) -> Any:
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
-def refusal(name: str, value: Any, table: dict[str, str] = NOT_IN_THE_MAIN_JOB) -> str | None:
-    """The table's reason against a training argument, where `value` is not its default (nor as empty as that)."""
+def refusal(name: str, value: Any) -> str | None:
+    """The reason against a training argument, where `value` is not its default (nor as empty as that); else None."""
     item = SailerTrainingArguments.__dataclass_fields__.get(name)
-    if name not in table or item is None or value == default_of(item) or not (value or default_of(item)):
+    if name not in NOT_IN_THE_MAIN_JOB or item is None:
         return None
-    return table[name]
+    default = default_of(item)
+    return NOT_IN_THE_MAIN_JOB[name] if value != default and (value or default) else None
