@@ -281,12 +281,12 @@ def _encode_by_length(
     encoder: PreTrainedModel, audio: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = attention_mask.sum(1)
-    rows: list[torch.Tensor] = [audio] * len(lengths)
+    encoded: dict[int, torch.Tensor] = {}
     for length in lengths.unique().tolist():
         chosen = (lengths == length).nonzero().squeeze(1)
         states = _run(encoder, audio[chosen, :length], attention_mask[chosen, :length], all_layers)
-        for row, state in zip(chosen.tolist(), states, strict=True):
-            rows[row] = state
+        encoded |= zip(chosen.tolist(), states, strict=True)
+    rows = [encoded[row] for row in range(len(lengths))]
     frames = torch.tensor([row.shape[-2] for row in rows], device=audio.device)
     longest = int(frames.max())
     padded = [nn.functional.pad(row, (0, 0, 0, longest - row.shape[-2])) for row in rows]

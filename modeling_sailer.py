@@ -46,6 +46,8 @@ CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years
 
 
 class SailerPreTrainedModel(PreTrainedModel):
+    """What both models share: how they are loaded (from safetensors alone), saved and frozen."""
+
     config: SailerConfig
     config_class = SailerConfig
     base_model_prefix = "sailer"
@@ -456,7 +458,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         text: str | os.PathLike | None = None,
         attn_implementation: str | None = None,
         **config_kwargs: Any,
-    ) -> SailerForAudioClassification:
+    ) -> Self:
         """Build a new system from pre-trained backbones; the heads are freshly initialised.
 
         Args:

@@ -78,8 +78,7 @@ class SailerProcessor(ProcessorMixin):
                 a string, another number of transcripts than of waveforms (the message names the position), another
                 padding than the processor's or none, or a feature extractor that gives no attention_mask.
         """
-        usual = (True, self.audio_padding)
-        if padding not in usual:
+        if padding not in (True, self.audio_padding):
             raise ValueError(f"padding is {padding!r}; this processor pads to the {self.audio_padding}: leave it out.")
         if not return_attention_mask:
             raise ValueError("return_attention_mask is False, but without the mask padding would count as speech.")
@@ -204,7 +203,7 @@ class SailerProcessor(ProcessorMixin):
         for clip in clips:
             inputs = extractor(
                 clip,
-                sampling_rate=None if sampling_rate is None else self.sampling_rate,
+                sampling_rate=sampling_rate,
                 padding=True,
                 return_attention_mask=True,
                 return_tensors="pt",

@@ -403,6 +403,6 @@ def _yaml() -> YAML:
 def _in_yaml(value: Any, flow: bool = False) -> str:
     yaml, text = _yaml(), StringIO()
     yaml.default_flow_style, yaml.width = flow, 1000 if flow else 119
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # whose own default is None
     yaml.dump(value, text)
     return text.getvalue()
