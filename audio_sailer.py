@@ -282,6 +282,8 @@ def _decode_mp4(file: BinaryIO, size: int, target: int, max_seconds: float | Non
             if not container.streams.audio:
                 raise ValueError(f"{name} holds no audio: it is an MP4 without sound.")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{name} is not readable audio: FFmpeg knows no decoder for it.")
             rate = _checked_rate(stream.rate, name)
             promised = None if stream.duration is None else round(stream.duration * stream.time_base * rate)
             _check_claim(promised, rate, size, max_seconds, name)
