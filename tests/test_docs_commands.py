@@ -177,7 +177,7 @@ def run_pages(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             for fence in fences(page):
                 if fence.language == "diff":
                     (copy / fence.title).write_text(edited((copy / fence.title).read_text(), fence.text))
-                elif fence.language == "python" and fence.title:
+                elif fence.title and page in EXTENDING:
                     (copy / fence.title).write_text(fence.text)
             plan.append({"page": page, "folder": str(copy), "steps": list(steps(page))})
         (folder / "plan.json").write_text(json.dumps(plan))
