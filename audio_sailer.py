@@ -343,7 +343,8 @@ def _resampler(rate: float, target: int, name: str) -> Callable[[np.ndarray, boo
 def _checked_rate(rate: Any, name: str) -> float:
     if isinstance(rate, (np.ndarray, torch.Tensor)) and rate.ndim == 0:
         rate = rate.item()
-    if not isinstance(rate, numbers.Real) or not RATES[0] <= float(rate) <= RATES[1]:
+    is_number = isinstance(rate, numbers.Real)
+    if not is_number or not RATES[0] <= rate <= RATES[1]:
         raise ValueError(
             f"{name} has a sampling rate of {rate} Hz; it must be a number between {RATES[0]} and {RATES[1]}."
         )
