@@ -186,6 +186,12 @@ def test_mixing_frequencies():
     assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 0.04
 
 
+def test_a_class_of_one_clip_is_drawn_as_often_as_its_frequency_says():
+    label = np.repeat([NEUTRAL, CONTEMPT, FEAR], [6000, 1, 3])
+    plan = table(plan_epoch(corpus(label), AugmentationSettings(mixing_probability=1), LABELS, 0, 0))
+    assert (plan["partner"] == 6000).sum() / 6000 == pytest.approx(3 / 4, abs=0.03)
+
+
 def test_same_emotion_mixing():
     label = np.array([HAPPY] * 40 + [FEAR] * 2 + [OTHER] + [-1] * 5)
     emix = AugmentationSettings(mixing_probability=1, mixing_mode="same_emotion")
@@ -218,6 +224,21 @@ def test_plan_is_a_function_of_seed_and_epoch():
         assert other["index"].tolist() != first["index"].tolist()
         assert other["partner"].tolist() != first["partner"].tolist()
     assert every.annotation_dropout == 0.2
+
+
+def test_the_plan_of_a_seed_stays_the_same_from_version_to_version():
+    votes = np.zeros((6, 9))
+    votes[:, [NEUTRAL, FEAR]] = 3, 2
+    every = AugmentationSettings(
+        annotation_dropout=0.5, mixing_probability=0.7, text_dropout=0.5, undersample_majority=0.25
+    )
+    rows = corpus(np.array([NEUTRAL, NEUTRAL, NEUTRAL, NEUTRAL, FEAR, CONTEMPT]), votes)
+    plan = table(plan_epoch(rows, every, LABELS, 7, 2))
+    assert plan["index"].tolist() == [0, 1, 2, 4, 5] and plan["partner"].tolist() == [5, 4, -1, -1, -1]
+    assert plan["partner_first"].tolist() == [False, True, False, False, False]
+    assert plan["drop_text"].tolist() == [True, False, False, False, False]
+    assert plan["votes"][:, NEUTRAL].tolist() == [0, 0, 1, 0, 1] and plan["votes"][:, FEAR].tolist() == [2] * 5
+    np.testing.assert_allclose(plan["gap"], [0.559, -1.83, 0, 0, 0], atol=1e-3)
 
 
 def test_plan_does_not_depend_on_the_batches_of_map(monkeypatch):

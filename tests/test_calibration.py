@@ -104,6 +104,7 @@ def test_temperature_at_the_end_of_its_range_is_said(caplog):
     logits = np.array([[1.0, 0.0], [0.0, 1.0]])
     assert fit_temperature(logits, 1 - np.eye(2)) == pytest.approx(TEMPERATURE_RANGE[1], rel=1e-2)
     assert "at the end of" in caplog.text
+    assert TEMPERATURE_RANGE == (0.05, 20)
 
 
 def test_what_cannot_be():

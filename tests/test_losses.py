@@ -225,6 +225,11 @@ def test_absent_class_is_named_in_a_warning(caplog):
 def test_prior_refuses_what_is_not_a_distribution():
     with pytest.raises(ValueError, match="Row 1 is not a distribution"):
         label_prior(torch.tensor([[0.5, 0.5], [3.0, 2.0]]))
+    with pytest.raises(ValueError, match=r"Row 0 is not a distribution: \[0\.505, 0\.5\]"):
+        label_prior(torch.tensor([[0.505, 0.5]], dtype=torch.float64))
+    with pytest.raises(ValueError, match="Row 0 is not a distribution"):
+        label_prior(torch.tensor([[1.5, -0.5]]))
+    assert label_prior(torch.tensor([[0.5004, 0.5]])).sum().item() == pytest.approx(1)  # rounded shares will do
     with pytest.raises(ValueError, match="No training clip has votes"):
         label_prior(torch.full((2, 3), UNKNOWN))
     with pytest.raises(ValueError, match="shape"):

@@ -133,6 +133,12 @@ def test_concordance_by_hand():
     assert figures["ccc"] == figures["ccc_arousal"]
 
 
+def test_concordance_needs_two_known_values():
+    # y = 2x: 2 * 1/2 / (1/4 + 1 + 1/4)
+    figures = concordance_metrics([[0.0], [1.0], [5.0]], [[0.0], [2.0], [math.nan]], ["arousal"])
+    assert figures == pytest.approx({"ccc_arousal": 2 / 3, "ccc": 2 / 3})
+
+
 def test_report_agrees_with_scikit_learn(clips):
     logits, distributions, labels = clips
     report = emotion_report(logits, distributions, labels)
@@ -253,6 +259,12 @@ def test_what_cannot_be_scored(clips):
         emotion_report(np.where(np.arange(CLIPS)[:, None] == 3, np.nan, logits), distributions, labels)
     with pytest.raises(ValueError, match="distributions does not sum to 1"):
         emotion_report(logits, distributions * 5, labels)
+    for wrong in ([0.5, 0.505], [1.5, -0.5]):
+        with pytest.raises(ValueError, match=r"A row of the distributions does not sum to 1: \[" + str(wrong[0])):
+            distribution_metrics([[0.5, 0.5]] * 2, [[0.5, 0.5], wrong])
+        with pytest.raises(ValueError, match="A row of the probabilities does not sum to 1"):
+            distribution_metrics([wrong], [[0.5, 0.5]])
+    assert distribution_metrics([[0.5, 0.5004]], [[0.5, 0.5004]])["kl"] == 0
     with pytest.raises(ValueError, match="age_labels are missing"):
         emotion_report(logits, distributions, labels, age=np.zeros(CLIPS))
 
@@ -270,6 +282,8 @@ def test_majority_class_baseline_by_hand():
     train = [1, 1, 0, 3, 3, 3, -1]
     # Of 4 scored test clips 1 is cross: precision 1/4, recall 1, F1 2/5; calm and afraid have 0.
     assert majority_class_f1(train, [0, 0, 1, 2, 3], SMALL) == pytest.approx(0.4 / 3)
+    # Calm and cross are as frequent, so the first of them: precision 2/4, recall 1.
+    assert majority_class_f1([1, 0, 3], [0, 0, 1, 2, 3], SMALL) == pytest.approx(2 / 3 / 3)
     with pytest.raises(ValueError, match="there is no most frequent one"):
         majority_class_f1([3, -1], [0], SMALL)
 
@@ -281,6 +295,7 @@ def test_shuffled_label_baseline():
     assert chance == pytest.approx(0.5, abs=0.02)
     few = {seed: [shuffled_label_f1(predictions, labels, SMALL, seed, repeats=5) for _ in range(2)] for seed in (1, 2)}
     assert few[1][0] == few[1][1] != few[2][0] == few[2][1]
+    assert shuffled_label_f1([0, 1], [0, 1], SMALL) == shuffled_label_f1([0, 1], [0, 1], SMALL, seed=0, repeats=100)
     # One scored clip of each class and predictions of both: either order, with equal chance, gives 1 or 0.
     assert shuffled_label_f1([0, 1], [0, 1], SMALL, repeats=200) == pytest.approx(0.5, abs=0.12)
 

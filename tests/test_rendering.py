@@ -105,6 +105,9 @@ def test_peaks_over_full_scale_scale_the_whole_mix_down():
 def test_a_limit_without_room():
     with pytest.raises(ValueError, match="no room for two clips around 5 samples of silence"):
         mix(ramp(1, 3), ramp(1, 3), 5, limit=6)
+    np.testing.assert_array_equal(mix(ramp(1, 3), ramp(2, 3), 5, limit=7), [ramp(1, 1)[0], *[0] * 5, ramp(2, 1)[0]])
+    with pytest.raises(ValueError, match="at most 1 samples has no room for two clips around -5 samples"):
+        mix(ramp(1, 3), ramp(1, 3), -5, limit=1)
 
 
 def test_render_one_clip_and_a_mix():
@@ -137,7 +140,12 @@ def test_key_tells_apart_what_sounds_different():
     a, b = clip("a", np.zeros(1)), clip("b", np.zeros(1))
     items = [a, b, planned(a, b, 0.5), planned(b, a, 0.5), planned(a, b, -0.5)]
     assert len({rendering_key(item) for item in items}) == len(items)
-    assert rendering_key({"clips": [a], "gap": 0.0}) == rendering_key(a)
+    assert rendering_key({"clips": [a], "gap": 0.0}) == rendering_key(a) == ("a",)
+    assert rendering_key(planned(b, a, -0.5)) == ("b", "a", -0.5)
+
+
+def test_a_clip_of_just_the_shortest_length_is_rendered():
+    assert len(render(clip("short", np.zeros(1600)), 16000, 15)) == 1600
 
 
 def test_clips_that_cannot_be_used_are_named(tmp_path):

@@ -5,12 +5,13 @@ import math
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailer.windows_sailer import Clip, at_least, cut_windows, run_ahead
+from sailer.windows_sailer import Clip, at_least, count_of, cut_windows, run_ahead
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_windows_cover_every_sample_and_none_is_longer_than_a_chunk(
 
 
 def test_lengths_that_cannot_be_are_named() -> None:
-    with pytest.raises(ValueError, match="chunk_length_s is -1; it must be a number, at least 0"):
+    with pytest.raises(ValueError, match="chunk_length_s is -1; it must be at least 0"):
         cut_windows(10, 10, -1, None)
     for stride in (-0.1, (-0.1, 0), (0, -0.1)):
-        with pytest.raises(ValueError, match=r"stride_length_s is -0\.1; it must be a number, at least 0"):
+        with pytest.raises(ValueError, match=r"stride_length_s is -0\.1; it must be at least 0"):
             cut_windows(10, 10, 2, stride)
     for strides in ((), (1,), (0.1, 0.1, 0.1)):
         with pytest.raises(ValueError, match=r"stride_length_s is \(.*give one number of seconds, or two"):
@@ -72,13 +73,19 @@ def test_lengths_that_cannot_be_are_named() -> None:
 
 
 def test_at_least() -> None:
-    assert at_least("top_k", 1, 1) == 1 and at_least("stride_length_s", 2.5, 1.0) == 2.5
+    assert at_least("top_k", 1, 1) == 1 and at_least("stride_length_s", 2.5, 1) == 2.5
     for value in (0.99, math.nan, math.inf, "2", None):
-        with pytest.raises(ValueError, match=f"stride_length_s is {value!r}; it must be a number, at least 1"):
-            at_least("stride_length_s", value, 1.0)
-    for value in (0, 2.5, 1.0):
-        with pytest.raises(ValueError, match=f"top_k is {value}; it must be a whole number, at least 1"):
-            at_least("top_k", value, 1)
+        with pytest.raises(ValueError, match=f"stride_length_s is {value!r}; it must be at least 1"):
+            at_least("stride_length_s", value, 1)
+
+
+def test_count_of() -> None:
+    assert count_of("top_k", 1, 1) == 1 and count_of("top_k", np.int64(2), 1) == 2
+    for value in (2.0, math.nan, "2", None):
+        with pytest.raises(ValueError, match=f"top_k is {value!r}; it must be a whole number"):
+            count_of("top_k", value, 1)
+    with pytest.raises(ValueError, match="top_k is 0; it must be at least 1"):
+        count_of("top_k", 0, 1)
 
 
 @pytest.mark.parametrize(
