@@ -81,6 +81,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         offline = ["--dry-run", "--no-deps", "--no-build-isolation", "--no-index"]
         return "process", [sys.executable, "-m", "pip", *words, *offline]
     # What make would run: a few tests are run indeed, whole suites are not.
+    assert program == "make", f"nobody runs {program!r}"
     return ("tests" if any("TESTS=" in word for word in words) else "process"), [program, "--dry-run", *words]
 
 

@@ -86,6 +86,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_card_templates_and_noth
     [
         *("sailer/conftest.py", "sailer/setup.py", "sailer/tests/test_cli.py", "tests/test_cli.py", "train.py"),
         *("sailer/benchmarks/labels.py", "sailer/model_cards/demo.md", "sailer/setup.cfg", "sailer/data/clip.wav"),
+        *("sailer/docs/index.md", "sailer/docs/hooks.py", "sailer/properdocs.yml"),
     ],
 )
 def test_what_does_not_belong_into_a_wheel_is_noticed(name: str) -> None:
@@ -183,7 +184,7 @@ def make(tmp_path: Path):
     return run
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "style", "bench", "mutants"])
+@pytest.mark.parametrize("target", ["demo", "test", "style", "bench", "docs", "mutants"])
 def test_each_target_sets_itself_up_from_constraints_first(target: str, make) -> None:
     output, status = make("--dry-run", target, "BENCHMARKS=a.py")
     assert status == 0
