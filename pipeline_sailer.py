@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .audio_sailer import MINIMUM_SECONDS, read_audio
 from .configuration_sailer import ATTRIBUTES, SailerConfig
 from .processing_sailer import SailerProcessor
-from .windows_sailer import ITEM_ERRORS, Clip, at_least, cut_windows, run_ahead
+from .windows_sailer import ITEM_ERRORS, Clip, count_of, cut_windows, run_ahead
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +71,7 @@ class SpeechEmotionPipeline(Pipeline):
         self._on_error = _one_of("on_error", on_error, ON_ERROR)
         for name, least in (("batch_size", 1), ("num_workers", 0)):
             if kwargs.get(name) is not None:
-                at_least(name, kwargs[name], least)
+                count_of(name, kwargs[name], least)
         self._transcribers: dict[str, Callable] = {}
         self._has_told_of_missing_text = False
         super().__init__(model=model, processor=processor, **kwargs)
@@ -161,8 +161,8 @@ class SpeechEmotionPipeline(Pipeline):
         Yields:
             A `Clip` per recording, in the order given; `error` is set where a recording cannot be used.
         """
-        size = at_least("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
-        workers = at_least("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
+        size = count_of("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
+        workers = count_of("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
         return self._encode(items, size, workers, self._preprocess_params | options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -179,7 +179,7 @@ class SpeechEmotionPipeline(Pipeline):
             length, stride = self._chunk_length(given.get("chunk_length_s")), given.get("stride_length_s")
             cut_windows(0, self.processor.sampling_rate, length, stride)
         if options.get("top_k") is not None:
-            at_least("top_k", options["top_k"], 1)
+            count_of("top_k", options["top_k"], 1)
         if options.get("transcriber") is not None and self.processor.tokenizer is None:
             raise ValueError("This is a speech-only system: it reads no transcripts, so leave transcriber out.")
         return (

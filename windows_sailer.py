@@ -51,7 +51,7 @@ def cut_windows(
     Raises:
         ValueError: a length that is no number or negative, or strides that leave nothing of a window at this rate.
     """
-    chunk = round(at_least("chunk_length_s", chunk_length_s, 0.0) * rate)
+    chunk = round(at_least("chunk_length_s", chunk_length_s, 0) * rate)
     strides = chunk_length_s / 6 if stride_length_s is None else stride_length_s
     if not isinstance(strides, (list, tuple)):
         strides = (strides, strides)
@@ -60,8 +60,8 @@ def cut_windows(
     left, right = strides
     step = (
         chunk
-        - round(at_least("stride_length_s", left, 0.0) * rate)
-        - round(at_least("stride_length_s", right, 0.0) * rate)
+        - round(at_least("stride_length_s", left, 0) * rate)
+        - round(at_least("stride_length_s", right, 0) * rate)
     )
     if chunk > 0 and step <= 0:
         raise ValueError(
@@ -91,15 +91,17 @@ def run_ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int
 
 
 def at_least(option: str, value: Number, least: float) -> Number:
-    """`value`; raises ValueError by the option's name where it is no finite number of at least `least`.
-
-    Where `least` is an integer, it counts something, and the value must be an integer too.
-    """
-    kind = numbers.Integral if isinstance(least, int) else numbers.Real
-    if not isinstance(value, kind) or not least <= value < math.inf:
-        wanted = "a whole number" if kind is numbers.Integral else "a number"
-        raise ValueError(f"{option} is {value!r}; it must be {wanted}, at least {least:g}.")
+    """`value`; raises ValueError by the option's name where it is no finite number, or less than `least`."""
+    if not isinstance(value, numbers.Real) or not least <= value < math.inf:
+        raise ValueError(f"{option} is {value!r}; it must be at least {least}.")
     return value
 
 
-__all__ = ["ITEM_ERRORS", "Clip", "at_least", "cut_windows", "run_ahead"]
+def count_of(option: str, value: int, least: int) -> int:
+    """`value`; raises ValueError by the option's name where it is no whole number, or less than `least`."""
+    if not isinstance(value, numbers.Integral):
+        raise ValueError(f"{option} is {value!r}; it must be a whole number.")
+    return at_least(option, value, least)
+
+
+__all__ = ["ITEM_ERRORS", "Clip", "at_least", "count_of", "cut_windows", "run_ahead"]
