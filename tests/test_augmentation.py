@@ -280,6 +280,7 @@ def test_everything_is_off_by_default():
     modes = {"annotation_dropout_mode": "majority", "mixing_mode": "minority"}
     expected = dict.fromkeys(off, 0.0) | modes | {"max_seconds": 15.0, "augmentation_variants": 0}
     assert dataclasses.asdict(AugmentationSettings()) == expected
+    assert AugmentationSettings(annotation_dropout=False).annotation_dropout == 0.0
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), "half", None])

@@ -227,8 +227,9 @@ def test_prior_refuses_what_is_not_a_distribution():
         label_prior(torch.tensor([[0.5, 0.5], [3.0, 2.0]]))
     with pytest.raises(ValueError, match=r"Row 0 is not a distribution: \[0\.505, 0\.5\]"):
         label_prior(torch.tensor([[0.505, 0.5]], dtype=torch.float64))
-    with pytest.raises(ValueError, match="Row 0 is not a distribution"):
-        label_prior(torch.tensor([[1.5, -0.5]]))
+    for wrong in ([1.5, -0.5], [1.5, -0.6]):
+        with pytest.raises(ValueError, match="Row 0 is not a distribution"):
+            label_prior(torch.tensor([wrong]))
     assert label_prior(torch.tensor([[0.5004, 0.5]])).sum().item() == pytest.approx(1)  # rounded shares will do
     with pytest.raises(ValueError, match="No training clip has votes"):
         label_prior(torch.full((2, 3), UNKNOWN))

@@ -259,7 +259,7 @@ def test_what_cannot_be_scored(clips):
         emotion_report(np.where(np.arange(CLIPS)[:, None] == 3, np.nan, logits), distributions, labels)
     with pytest.raises(ValueError, match="distributions does not sum to 1"):
         emotion_report(logits, distributions * 5, labels)
-    for wrong in ([0.5, 0.505], [1.5, -0.5]):
+    for wrong in ([0.5, 0.505], [1.5, -0.5], [1.5, -0.6]):
         with pytest.raises(ValueError, match=r"A row of the distributions does not sum to 1: \[" + str(wrong[0])):
             distribution_metrics([[0.5, 0.5]] * 2, [[0.5, 0.5], wrong])
         with pytest.raises(ValueError, match="A row of the probabilities does not sum to 1"):
