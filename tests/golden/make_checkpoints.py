@@ -29,7 +29,7 @@ def waveform(pitch: float, seconds: float, glide: float = 0.0) -> np.ndarray:
 
 def clips(with_text: bool = True) -> list[tuple[np.ndarray, str]]:
     """The waveforms and transcripts whose outputs are kept; with text, the second one also without its transcript."""
-    short, long = waveform(110, 0.92), waveform(230, 1.7, glide=60)
+    short, long = waveform(110, 0.9), waveform(230, 1.7, glide=60)
     return [(short, TEXTS[0]), (long, TEXTS[1]), (long, "")][: 3 if with_text else 2]
 
 
