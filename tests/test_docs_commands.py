@@ -82,7 +82,9 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         return "process", [sys.executable, "-m", "pip", *words, *offline]
     # What make would run: a few tests are run indeed, whole suites are not.
     assert program == "make", f"nobody runs {program!r}"
-    return ("tests" if any("TESTS=" in word for word in words) else "process"), [program, "--dry-run", *words]
+    # Under another make, as in CI, it would tell of its folder too.
+    dry_run = [program, "--dry-run", "--no-print-directory", *words]
+    return ("tests" if any("TESTS=" in word for word in words) else "process"), dry_run
 
 
 def with_options(words: list[str], changes: dict[str, str]) -> list[str]:
