@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
@@ -12,13 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, ProcessorMixin, WhisperFeatureExtractor
+from transformers.utils import logging
 
 from .audio_sailer import MINIMUM_SECONDS, load_audio
 from .configuration_sailer import take_push_options
 
+logger = logging.get_logger(__name__)
+
 # The log-mel's last frames see what follows the clip (an STFT window, then two convolutions of width 3): two more
 # hops of silence make that the same whether the clip is alone or beside a longer one.
 TAIL_HOPS = 2
+# Whisper's log-mel: powers below the first count as that, and what is further below the loudest than the second, in
+# decades, as that far.
+LOWEST_POWER, DYNAMIC_RANGE = 1e-10, 8.0
 AUDIO_PADDING = ("longest", "max_length")
 
 
@@ -85,11 +92,10 @@ class SailerProcessor(ProcessorMixin):
         if audio is None:
             raise ValueError("No audio: pass audio=waveform or a list of waveforms.")
         clips, is_rate_known = self._waveforms(audio, sampling_rate)
-        rate = self.sampling_rate if is_rate_known else None  # without one the extractor warns
-        if isinstance(self.feature_extractor, WhisperFeatureExtractor):
-            data = self._log_mel(clips, rate, device)
-        else:
-            data = self._one_by_one(clips, rate)
+        if self.makes_log_mel:
+            data = self._log_mel_inputs(clips, is_rate_known, device)
+        else:  # without a rate the extractor warns
+            data = self._one_by_one(clips, self.sampling_rate if is_rate_known else None)
         if self.tokenizer is not None:
             data |= self.tokenize(text, len(clips))
         elif text is not None:
@@ -175,25 +181,82 @@ class SailerProcessor(ProcessorMixin):
             waveforms.append(waveform)
         return waveforms, is_rate_known
 
-    def _log_mel(self, clips: list[np.ndarray], sampling_rate: int | None, device: str | torch.device) -> dict:
+    def waveforms(self, audio: Any, sampling_rate: int | None = None) -> dict[str, torch.Tensor]:
+        """What `log_mel` takes, for features that are computed later and elsewhere, such as on a GPU.
+
+        Args:
+            audio, sampling_rate: see `__call__`.
+
+        Returns:
+            `waveforms` (batch, samples), float32, silent behind each clip; and `attention_mask` (batch, frames) over
+            the log-mel frames that they give.
+
+        Raises:
+            ValueError: a clip that cannot be used, or a feature extractor that makes no log-mel features as Whisper's.
+        """
+        if not self.makes_log_mel:
+            raise ValueError(f"{type(self.feature_extractor).__name__} makes no log-mel: call the processor itself.")
+        clips, is_rate_known = self._waveforms(audio, sampling_rate)
+        return self._padded(clips, is_rate_known)
+
+    @property
+    def makes_log_mel(self) -> bool:
+        """Whether the model's inputs are log-mel features as Whisper's."""
+        return isinstance(self.feature_extractor, WhisperFeatureExtractor)
+
+    def log_mel(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """Log-mel features as Whisper's extractor makes them (https://arxiv.org/abs/2212.04356, section 2.2), on the
+        device of the waveforms: (batch, samples) -> (batch, mels, samples // hop length)."""
+        extractor, device = self.feature_extractor, waveforms.device
+        if extractor.dither:
+            waveforms = waveforms + extractor.dither * torch.randn_like(waveforms)
+        window = torch.hann_window(extractor.n_fft, device=device)
+        spectrum = torch.stft(waveforms, extractor.n_fft, extractor.hop_length, window=window, return_complex=True)
+        spectrum = spectrum[..., :-1]
+        # Not the squared magnitude, which takes four times as long to guard against an overflow that cannot be.
+        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+        filters = torch.from_numpy(extractor.mel_filters).to(device, torch.float32)
+        decades = (filters.T @ power).clamp_(min=LOWEST_POWER).log10_()
+        floor = decades.amax(dim=(-2, -1), keepdim=True) - DYNAMIC_RANGE
+        return torch.maximum(decades, floor).add_(4).div_(4)
+
+    def _padded(self, clips: list[np.ndarray], is_rate_known: bool) -> dict[str, torch.Tensor]:
+        if not is_rate_known:
+            logger.warning(
+                "No sampling_rate was given: the waveforms are taken to have %d Hz. Of another rate they would be "
+                "heard too fast or too slow, silently.",
+                self.sampling_rate,
+            )
         extractor = self.feature_extractor
-        lengths = torch.tensor([len(clip) for clip in clips])
+        lengths = [len(clip) for clip in clips]
+        samples = max(lengths) + TAIL_HOPS * extractor.hop_length
         if self.audio_padding == "max_length":
-            padding: dict[str, Any] = {"padding": "max_length", "truncation": True}
-            lengths = lengths.clamp(max=extractor.n_samples)
-        else:
-            padding = {"padding": "longest", "truncation": False}
-            clips = [np.pad(clip, (0, TAIL_HOPS * extractor.hop_length)) for clip in clips]
-        features = extractor(
-            clips,
-            sampling_rate=sampling_rate,
-            return_tensors="pt",
-            device=str(device),
-            **padding,
-        )["input_features"]
-        frames = torch.arange(features.shape[-1])
-        mask = frames < (lengths // extractor.hop_length).unsqueeze(1)
-        return {"input_features": features, "attention_mask": mask.long()}
+            samples = extractor.n_samples
+            lengths = [min(length, samples) for length in lengths]
+        waveforms = torch.zeros(len(clips), samples)
+        for row, clip, length in zip(waveforms, clips, lengths, strict=True):
+            row[:length] = torch.from_numpy(clip[:length])
+        own = torch.tensor(lengths).unsqueeze(1) // extractor.hop_length
+        return {"waveforms": waveforms, "attention_mask": (torch.arange(samples // extractor.hop_length) < own).long()}
+
+    def _log_mel_inputs(
+        self, clips: list[np.ndarray], is_rate_known: bool, device: str | torch.device
+    ) -> dict[str, torch.Tensor]:
+        extractor = self.feature_extractor
+        padded = self._padded(clips, is_rate_known)
+        waveforms, mask = padded["waveforms"], padded["attention_mask"]
+        if torch.device(device).type != "cpu" or extractor.dither:
+            return {"input_features": self.log_mel(waveforms.to(device)).cpu(), "attention_mask": mask}
+        # Clip by clip: a batch holds much silence, and one that exceeds the processor's caches is slower by the frame.
+        # Frames that begin behind the clip are silent, which is as far below its loudest as the range allows.
+        reach = extractor.hop_length + extractor.n_fft // 2
+        features = torch.empty(*mask.shape[:1], extractor.feature_size, mask.shape[1])
+        for row, waveform, clip in zip(features, waveforms, clips, strict=True):
+            own = self.log_mel(waveform[None, : len(clip) + reach])[0]
+            row[:, : own.shape[1]] = own
+            silence = (own.amax() - DYNAMIC_RANGE / 4).clamp(min=(math.log10(LOWEST_POWER) + 4) / 4)
+            row[:, own.shape[1] :] = silence
+        return {"input_features": features, "attention_mask": mask}
 
     def _one_by_one(self, clips: list[np.ndarray], sampling_rate: int | None) -> dict[str, torch.Tensor]:
         # Extractors pad before or after they filter and normalise: what a clip gets must not depend on the others.

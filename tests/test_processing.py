@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     BatchFeature,
     SequenceFeatureExtractor,
+    WhisperFeatureExtractor,
     pipeline,
 )
 
@@ -43,6 +44,39 @@ def test_log_mel_inputs_and_their_mask(speech: SailerProcessor) -> None:
     assert inputs["input_features"].shape == (2, 80, 102)  # 100 frames and the two of the tail
     assert inputs["attention_mask"].sum(1).tolist() == [50, 100]
     assert inputs["attention_mask"][0, :50].all()
+
+
+@pytest.mark.parametrize("padding", ["longest", "max_length"])
+@pytest.mark.parametrize("mels", [80, 128])
+def test_log_mel_is_the_extractors(padding: str, mels: int) -> None:
+    """Clip by clip, and of a padded batch of waveforms as on a GPU; loud and soft, and ends anywhere within a hop."""
+    extractor = WhisperFeatureExtractor(feature_size=mels, chunk_length=3)
+    processor = SailerProcessor(extractor, audio_padding=padding)
+    random = np.random.default_rng(0)
+    lengths = [1600, 1759, 1760, 7990, 16000 + 121, 31999, 32000, 48000 + 77]
+    clips = [random.normal(0, 10.0**-place, length).astype(np.float32) for place, length in enumerate(lengths)]
+    clips = [clip.clip(-1, 1) for clip in clips]
+    longest = {} if padding == "max_length" else {"padding": "longest", "truncation": False}
+    silent = [np.pad(clip, (0, 320 if longest else 0)) for clip in clips]
+    expected = extractor(silent, sampling_rate=16000, return_tensors="pt", **longest)["input_features"]
+    inputs = processor(audio=clips, sampling_rate=16000)
+    torch.testing.assert_close(inputs["input_features"], expected, rtol=0, atol=1e-5)
+    later = processor.waveforms(clips, sampling_rate=16000)
+    torch.testing.assert_close(processor.log_mel(later["waveforms"]), expected, rtol=0, atol=1e-5)
+    assert torch.equal(later["attention_mask"], inputs["attention_mask"])
+
+
+def test_dither_is_heard_all_over_the_batch() -> None:
+    processor = SailerProcessor(WhisperFeatureExtractor(dither=0.01))
+    features = processor(audio=[tone(0.2), tone(1.0)], sampling_rate=16000)["input_features"]
+    assert features[0, :, 60:].std() > 0.01
+
+
+def test_waveforms_are_for_log_mel_alone(tiny_wavlm: Path) -> None:
+    processor = SailerProcessor(AutoFeatureExtractor.from_pretrained(tiny_wavlm))
+    assert not processor.makes_log_mel
+    with pytest.raises(ValueError, match="Wav2Vec2FeatureExtractor makes no log-mel"):
+        processor.waveforms([tone(0.5)], sampling_rate=16000)
 
 
 def test_one_waveform_and_a_list_of_one_are_the_same(speech: SailerProcessor) -> None:
