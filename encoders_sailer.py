@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import re
 from typing import Any
 
@@ -13,13 +14,23 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import ModelOutput, logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    ModelOutput,
+    cached_file,
+    logging,
+)
+
+logger = logging.get_logger(__name__)
 
 # Their states were shown (tests/test_encoders.py) not to change with padding, if `masks_padding` holds.
 MASKED = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm")
 # What follows their layers changes the number of frames, so that the layers' own states are weighted.
 RESAMPLED = ("sew", "sew-d")
-ADVICE = "Give a Hub id or a folder with config.json and model.safetensors (pickled weights are refused)."
+ADVICE = "Give a Hub id or a folder with config.json and model.safetensors (or pytorch_model.bin)."
 HOP_LENGTH = 160  # samples between Whisper's log-mel frames
 
 _WINDOWS = "it hears windows of one fixed length, padded without a mask"
@@ -230,6 +241,9 @@ def load_encoder(
 ) -> PreTrainedModel:
     """A tower from a checkpoint, in float32.
 
+    A backbone that is published as pytorch_model.bin alone is read by torch's weights-only unpickler, which builds
+    tensors and runs no code; a line says so.
+
     Args:
         source: Hub id or folder. Of a full Whisper checkpoint only the encoder is read.
         attn_implementation: as in transformers.
@@ -247,7 +261,7 @@ def load_encoder(
     if audio_layers is not None:
         check_speech_encoder(config, audio_layers)
     try:
-        options = _encoder_options(encoder_class)
+        options = _encoder_options(encoder_class) | {"use_safetensors": not _is_pickled(source)}
         if config.model_type == "whisper":
             # The encoder of a full checkpoint, with or without the head's prefix; the decoder is never read.
             options["key_mapping"] = {r"^(?:model\.)?encoder\.": ""}
@@ -257,11 +271,14 @@ def load_encoder(
         logging.set_verbosity_error()  # unused tensors, a decoder's for one, are none of the user's concern
         try:
             loaded: Any = encoder_class.from_pretrained(
-                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+                source, dtype=torch.float32, weights_only=True, output_loading_info=True, **options
             )
         finally:
             logging.set_verbosity(verbosity)
-    except (OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        reason = f"{WEIGHTS_NAME} holds more than tensors, and nothing else in a pickle is read."
+        raise _unloadable(source, ValueError(reason)) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unloadable(source, error) from error
     encoder, report = loaded
     mismatched = [entry[0] for entry in report["mismatched_keys"]]
@@ -360,6 +377,19 @@ def _reason_against(config: PretrainedConfig) -> str | None:
     if not (hasattr(config, "hidden_size") and hasattr(config, "num_hidden_layers")):
         return "its configuration does not say how wide (hidden_size) and deep (num_hidden_layers) it is"
     return None
+
+
+def _is_pickled(source: str | os.PathLike) -> bool:
+    """Whether a checkpoint has its weights as a pickle and not as safetensors."""
+
+    def has(*names: str) -> bool:
+        found = (cached_file(str(source), name, _raise_exceptions_for_missing_entries=False) for name in names)
+        return any(path is not None for path in found)
+
+    if has(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) or not has(WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        return False
+    logger.warning("%s has no %s: its %s is read as tensors alone.", source, SAFE_WEIGHTS_NAME, WEIGHTS_NAME)
+    return True
 
 
 def _unloadable(source: str | os.PathLike, error: Exception) -> ValueError:

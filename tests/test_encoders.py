@@ -1,6 +1,7 @@
 """Every speech encoder that transformers has: padding changes nothing, or it is refused by name."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,13 +10,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_MAPPING, MODEL_MAPPING_NAMES
 
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
 from sailer.configuration_sailer import AUDIO_LAYERS
-from sailer.encoders_sailer import check_speech_encoder, encode_audio, masks_padding, transformer_layers
+from sailer.encoders_sailer import (
+    check_speech_encoder,
+    encode_audio,
+    load_encoder,
+    masks_padding,
+    transformer_layers,
+)
 
 SMALL = {
     **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
@@ -348,3 +356,53 @@ def test_an_extractor_without_a_mask_is_refused() -> None:
     processor = SailerProcessor(transformers.ASTFeatureExtractor())
     with pytest.raises(ValueError, match=r"ASTFeatureExtractor gives .* and no attention_mask"):
         processor(audio=np.zeros(8000, np.float32), sampling_rate=16000)
+
+
+def pickled(folder: Path, to: Path, **more: object) -> Path:
+    """A copy of a backbone as some are published: pytorch_model.bin and no safetensors."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(folder / "model.safetensors") | more, to / "pytorch_model.bin")
+    return to
+
+
+@pytest.mark.parametrize("family", ["whisper", "wavlm", "text"])
+def test_a_backbone_published_as_a_pickle(
+    family: str,
+    tiny_whisper: Path,
+    tiny_wavlm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = {"whisper": tiny_whisper, "wavlm": tiny_wavlm, "text": tiny_text}[family]
+    layers = None if family == "text" else "last"
+    transformers.utils.logging.enable_propagation()
+    with caplog.at_level("WARNING"):
+        loaded = load_encoder(pickled(folder, tmp_path / "pickled"), None, layers)
+    transformers.utils.logging.disable_propagation()
+    assert "has no model.safetensors: its pytorch_model.bin is read as tensors alone" in caplog.text
+    expected = load_encoder(folder, None, layers).state_dict()
+    assert set(loaded.state_dict()) == set(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+class Hostile:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.file,)
+
+
+def test_a_pickled_backbone_runs_no_code(tiny_whisper: Path, tmp_path: Path) -> None:
+    folder = pickled(tiny_whisper, tmp_path / "hostile", more=Hostile(tmp_path / "ran"))
+    with pytest.raises(ValueError, match=r"hostile.*holds more than tensors"):
+        SailerForAudioClassification.from_audio_text_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_backbone_that_is_cut_short(tiny_whisper: Path, tmp_path: Path) -> None:
+    file = pickled(tiny_whisper, tmp_path / "short") / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"The backbone .*short.* cannot be loaded"):
+        SailerForAudioClassification.from_audio_text_pretrained(file.parent)
