@@ -173,24 +173,30 @@ def bundled_recipes() -> dict[str, Path]:
 def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
     """Options of a recipe: a YAML file, or the name of a bundled one ("demo", "demo.yaml" or "recipes/demo.yaml").
 
+    A recipe with `extend: RECIPE` holds what differs from that one: a file beside it, or a bundled one. One key of a
+    mapping is changed by `option.key`.
+
     Raises:
-        SettingsError: no such recipe (lists the bundled ones), not YAML, or not a mapping of options.
+        SettingsError: no such recipe (lists the bundled ones), not YAML, not a mapping of options, or one that extends
+            itself or a missing one.
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        bundled = bundled_recipes()
-        named = path.name.removesuffix(".yaml") if path.parent in (Path(), Path("recipes")) else None
-        if named not in bundled:
-            kind = "is a folder" if path.is_dir() else "does not exist"
-            raise SettingsError(f"Recipe {name_or_path} {kind}; name a YAML file or one of {', '.join(bundled)}.")
-        path = bundled[named]
-    try:
-        recipe = _yaml().load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        reason = f"{error.problem}\n{error.problem_mark}" if isinstance(error, MarkedYAMLError) else error
-        raise SettingsError(f"Recipe {path} is not YAML: {reason}") from error
-    if not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
-        raise SettingsError(f"Recipe {path} is not a list of 'option: value' lines.")
+    path, line = _recipe_file(Path(name_or_path)), []
+    recipe = _read_recipe(path)
+    while "extend" in recipe:
+        line.append(path)
+        base, wanted = recipe.pop("extend"), path
+        if not isinstance(base, str):
+            raise SettingsError(f"Recipe {path}: extend is {base!r}; name one recipe.")
+        beside = path.parent / base
+        try:
+            path = _recipe_file(beside if beside.is_file() else Path(base))
+        except SettingsError as error:
+            raise SettingsError(f"Recipe {wanted} extends {base!r}: {error}") from error
+        if any(path.samefile(earlier) for earlier in line):
+            raise SettingsError(
+                f"Recipe {line[0]} extends itself: {' -> '.join(file.name for file in [*line, path])}."
+            )
+        recipe = _changed(_read_recipe(path), recipe)
     return recipe
 
 
@@ -313,6 +319,40 @@ def option_help() -> str:
             text += f"  --{option.name}  {option.type}, default {option.default}\n"
             text += textwrap.fill(option.help, 106, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n"
     return text
+
+
+def _recipe_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    bundled = bundled_recipes()
+    named = path.name.removesuffix(".yaml") if path.parent in (Path(), Path("recipes")) else None
+    if named not in bundled:
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise SettingsError(f"Recipe {path} {kind}; name a YAML file or one of {', '.join(bundled)}.")
+    return bundled[named]
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = _yaml().load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        reason = f"{error.problem}\n{error.problem_mark}" if isinstance(error, MarkedYAMLError) else error
+        raise SettingsError(f"Recipe {path} is not YAML: {reason}") from error
+    if not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
+        raise SettingsError(f"Recipe {path} is not a list of 'option: value' lines.")
+    return recipe
+
+
+def _changed(recipe: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with some of its options, or keys of its mappings, changed."""
+    for name, value in changes.items():
+        option, dot, key = name.partition(".")
+        if dot and isinstance(recipe.get(option), dict):
+            recipe[option] = recipe[option] | {key: value}
+        else:  # what sets a whole mapping undoes what was set of its keys
+            recipe = {other: kept for other, kept in recipe.items() if dot or not other.startswith(f"{name}.")}
+            recipe[name] = value
+    return recipe
 
 
 def _parts() -> dict[str, type]:
