@@ -20,6 +20,7 @@ ATTRIBUTES = ("arousal", "valence", "dominance")
 SEX_LABELS = ("female", "male")
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
 AUDIO_LAYERS = ("last", "weighted", "weighted_norm")
+ONEDNN_LINEAR = ("auto", "on", "off")
 TARGET_WEIGHTINGS = ("none", "product", "normalized")
 # Options that name the labels, and what holds for one label set alone.
 NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")
@@ -90,6 +91,9 @@ class SailerConfig(PretrainedConfig):
             validation data.
         text_dropout (`float`, defaults to 0.0): share of training clips whose transcript was withheld; above zero the
             system may be run on speech alone.
+        onednn_linear (`str`, defaults to `"auto"`): whether the towers' float32 products on a CPU are done by oneDNN:
+            `"on"`, `"off"`, or `"auto"`, where that was measured to be faster than torch's own choice. It is of the
+            machine, not of the system: it is not saved, and the environment's SAILER_ONEDNN says what `"auto"` means.
 
     Raises:
         ValueError: an option outside its range, or a label list that contradicts another; the message names it.
@@ -124,6 +128,7 @@ class SailerConfig(PretrainedConfig):
         label_prior: Sequence[float] | None = None,
         calibration_temperature: float = 1.0,
         text_dropout: float = 0.0,
+        onednn_linear: str = "auto",
         **kwargs: Any,
     ) -> None:
         lists = {"heads": heads, "labels": labels, "majority_labels": majority_labels, "scored_labels": scored_labels}
@@ -152,6 +157,7 @@ class SailerConfig(PretrainedConfig):
         self.label_prior = _shares("label_prior", label_prior)
         self.calibration_temperature = calibration_temperature
         self.text_dropout = text_dropout
+        self.onednn_linear = onednn_linear
 
         if labels is not None:
             kwargs["id2label"] = dict(enumerate(labels))
@@ -188,6 +194,10 @@ class SailerConfig(PretrainedConfig):
             config_dict[option] = kwargs.pop(option)  # through the constructor, which checks them
         return super().from_dict(config_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', without what is of the machine."""
+        return {name: value for name, value in super().to_dict().items() if name != "onednn_linear"}
+
     @property
     def labels(self) -> list[str]:
         """Primary labels in the order of the logits."""
@@ -197,6 +207,7 @@ class SailerConfig(PretrainedConfig):
     def _check(self, heads: Sequence[str], names: list[str]) -> None:
         for option, value, allowed in (
             ("audio_layers", [self.audio_layers], AUDIO_LAYERS),
+            ("onednn_linear", [self.onednn_linear], ONEDNN_LINEAR),
             ("target_weighting", [self.target_weighting], TARGET_WEIGHTINGS),
             ("heads", heads, HEADS),
         ):

@@ -34,6 +34,7 @@ from .layers_sailer import (
     plain_loss,
     pool_frames,
 )
+from .linear_sailer import onednn_linear
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
 
 logger = logging.get_logger(__name__)
@@ -287,7 +288,10 @@ class SailerModel(SailerPreTrainedModel):
             states (batch, frames, width), or (batch, layers, frames, width) of all layers; and the mask (batch,
             frames) of each clip's own frames.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio),
+            onednn_linear(self.config.onednn_linear, self.audio_encoder),
+        ):
             return encode_audio(
                 self.audio_encoder,
                 audio,
@@ -303,7 +307,10 @@ class SailerModel(SailerPreTrainedModel):
             text_attention_mask = torch.ones_like(input_ids)
         visible = text_attention_mask.clone()
         visible[text_attention_mask.sum(1) == 0] = 1  # attention over nothing would be NaN
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text):
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text),
+            onednn_linear(self.config.onednn_linear, self.text_encoder),
+        ):
             outputs = self.text_encoder(input_ids=input_ids, attention_mask=visible, output_hidden_states=True)
             states = all_hidden_states(outputs)
             return masked_mean(states, text_attention_mask.unsqueeze(1))

@@ -25,6 +25,7 @@ ROOT_MODULES = {
     "configuration_sailer",
     "encoders_sailer",
     "layers_sailer",
+    "linear_sailer",
     "modeling_sailer",
     "pipeline_sailer",
     "processing_sailer",

@@ -1,0 +1,169 @@
+"""The towers' float32 products on a CPU: by oneDNN, where that is faster than the library which torch takes for them.
+
+torch gives float32 matrix products to MKL, which on some processors (AMD's above all) runs at half the rate of oneDNN,
+which torch carries too. `onednn_linear` has every `torch.nn.functional.linear` within it done by oneDNN. The modules
+stay as they are: quantised, LoRA-wrapped, offloaded and compiled ones, copies and saved files know nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .configuration_sailer import ONEDNN_LINEAR
+
+VARIABLE = "SAILER_ONEDNN"  # of the environment: what "auto" means in this process
+# Fewer rows (frames of a batch, or tokens) are done as fast by either.
+LEAST_ROWS = 64
+# oneDNN is taken where it is so many times faster: near 1 noise would decide, one way here and the other way there.
+LEAST_GAIN = 1.2
+
+_plain = nn.functional.linear
+_measuring = threading.Lock()
+
+
+def onednn_linear(choice: str, tower: nn.Module) -> AbstractContextManager:
+    """Within it this thread's linear layers are done by oneDNN, where that is possible and `choice` wants it.
+
+    Possible it is on dense float32 tensors on a CPU with at least `LEAST_ROWS` rows; anything else goes on as it
+    would. Nothing is done while torch compiles, exports or traces, under autocast and torch.func's transforms, and
+    where gradient checkpointing would run the layers a second time outside.
+
+    Args:
+        choice: "on", "off", or "auto": what the environment's SAILER_ONEDNN says, and without it whether oneDNN is
+            faster here, which takes some milliseconds to find out, once per process.
+        tower: the module that will run.
+
+    Raises:
+        ValueError: another choice, by the option's or the variable's name.
+        RuntimeError: "on", and this torch has no oneDNN.
+    """
+    # First, so that a compiler sees nothing of what follows.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return nullcontext()
+    if choice == "auto":
+        choice = _one_of(VARIABLE, os.environ.get(VARIABLE) or "auto")
+    else:
+        _one_of("onednn_linear", choice)
+    if choice == "off" or torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    if torch.is_grad_enabled() and any(getattr(part, "gradient_checkpointing", False) for part in tower.modules()):
+        return nullcontext()
+    if not is_available():
+        if choice == "on":
+            raise RuntimeError("onednn_linear is 'on', but this torch has no oneDNN: set it to 'auto'.")
+        return nullcontext()
+    if choice == "auto" and not _is_faster():
+        return nullcontext()
+    return _OneDNNLinear()
+
+
+def is_available() -> bool:
+    """Whether this torch has oneDNN's product, and has not been told to do without oneDNN."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def measured_gain() -> float:
+    """How many times faster oneDNN's product is than torch's own, with as many threads as torch has now.
+
+    Measured once per process, in some milliseconds: the best of interleaved products of 192 frames with a layer of
+    Whisper base's size.
+    """
+    with _measuring:
+        return _gain(torch.get_num_threads())
+
+
+def _is_faster() -> bool:
+    return measured_gain() >= LEAST_GAIN
+
+
+@functools.cache
+def _gain(threads: int) -> float:
+    # Not random: whoever set torch's seed counts on what comes next.
+    x, weight = (torch.full((rows, 512), 0.5, dtype=torch.float32, device="cpu") for rows in (192, 1024))
+    best = {_plain: float("inf"), _product: float("inf")}
+    with torch.inference_mode():
+        for turn in range(7):
+            for multiply in best:
+                start = time.perf_counter()
+                multiply(x, weight, None)
+                if turn > 0:  # the first one sets things up
+                    best[multiply] = min(best[multiply], time.perf_counter() - start)
+    return best[_plain] / best[_product]
+
+
+class _OneDNNLinear(TorchFunctionMode):
+    """Holds for the thread that entered it, and, as modes do, not for what runs inside of its own functions."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _plain and not torch.compiler.is_compiling():
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, whose parameters have these names."""
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not all(map(_is_dense, tensors)) or weight.ndim != 2 or input.numel() < LEAST_ROWS * weight.shape[1]:
+        return _plain(input, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _LinearFunction.apply(input, weight, bias)
+    return _product(input, weight, bias)
+
+
+def _is_dense(tensor: Any) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+    )
+
+
+def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """input @ weight.T + bias."""
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+
+class _LinearFunction(torch.autograd.Function):
+    """The product with gradients, which are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(input, weight)
+        return _product(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        # Gradients of gradients are wanted where gradients are enabled here: those only torch's own product has.
+        multiply = _plain if torch.is_grad_enabled() else _product
+        (gradient,) = gradients
+        rows = gradient.flatten(0, -2)
+        of_input = multiply(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = multiply(rows.t(), input.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        return of_input, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _one_of(option: str, value: str) -> str:
+    if value not in ONEDNN_LINEAR:
+        raise ValueError(f"{option} is {value!r}; choose one of {list(ONEDNN_LINEAR)}.")
+    return value
+
+
+__all__ = ["is_available", "measured_gain", "onednn_linear"]
