@@ -204,10 +204,12 @@ class SailerProcessor(ProcessorMixin):
         """Whether the model's inputs are log-mel features as Whisper's."""
         return isinstance(self.feature_extractor, WhisperFeatureExtractor)
 
-    def log_mel(self, waveforms: torch.Tensor) -> torch.Tensor:
-        """Log-mel features as Whisper's extractor makes them (https://arxiv.org/abs/2212.04356, section 2.2), on the
-        device of the waveforms: (batch, samples) -> (batch, mels, samples // hop length)."""
-        extractor, device = self.feature_extractor, waveforms.device
+    def log_mel(self, waveforms: torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
+        """Log-mel features as Whisper's extractor makes them (https://arxiv.org/abs/2212.04356, section 2.2), on a
+        device or the waveforms' own: (batch, samples) -> (batch, mels, samples // hop length)."""
+        extractor = self.feature_extractor
+        waveforms = waveforms if device is None else waveforms.to(device)
+        device = waveforms.device
         if extractor.dither:
             waveforms = waveforms + extractor.dither * torch.randn_like(waveforms)
         window = torch.hann_window(extractor.n_fft, device=device)
@@ -246,7 +248,7 @@ class SailerProcessor(ProcessorMixin):
         padded = self._padded(clips, is_rate_known)
         waveforms, mask = padded["waveforms"], padded["attention_mask"]
         if torch.device(device).type != "cpu" or extractor.dither:
-            return {"input_features": self.log_mel(waveforms.to(device)).cpu(), "attention_mask": mask}
+            return {"input_features": self.log_mel(waveforms, device).cpu(), "attention_mask": mask}
         # Clip by clip: a batch holds much silence, and one that exceeds the processor's caches is slower by the frame.
         # Frames that begin behind the clip are silent, which is as far below its loudest as the range allows.
         reach = extractor.hop_length + extractor.n_fft // 2

@@ -406,13 +406,13 @@ def test_on_a_gpu(tiny_speech_sailer: Path, speech: SpeechEmotionPipeline) -> No
 
 def test_features_come_from_the_models_device(speech: SpeechEmotionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = []
-    extractor = speech.processor.feature_extractor
+    log_mel = speech.processor.log_mel
 
-    def spy(waveform: np.ndarray, device: str) -> np.ndarray:
-        devices.append(device)
-        return type(extractor)._torch_extract_fbank_features(extractor, waveform, "cpu")
+    def spy(waveforms: torch.Tensor, device: torch.device) -> torch.Tensor:
+        devices.append(str(device))
+        return log_mel(waveforms)
 
-    monkeypatch.setattr(extractor, "_torch_extract_fbank_features", spy)
+    monkeypatch.setattr(speech.processor, "log_mel", spy)
     monkeypatch.setattr(speech, "forward", lambda inputs: speech.model(**inputs))
     monkeypatch.setattr(speech, "device", torch.device("cuda:0"))
     with torch.no_grad():
