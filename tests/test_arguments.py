@@ -5,10 +5,12 @@ import re
 from importlib.metadata import version
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from sailer import SailerTrainingArguments
-from sailer.training.arguments import NOT_HONOURED, NOT_IN_THE_MAIN_JOB
+from sailer.training import arguments as arguments_module
+from sailer.training.arguments import NOT_HONOURED, NOT_IN_THE_MAIN_JOB, gpu_defaults
 
 # Seen to do what transformers says of them, in runs on a CPU of one process and of two, but for what needs a GPU, a
 # tracker or an optimizer's package.
@@ -28,6 +30,7 @@ metric_for_best_model greater_is_better ignore_data_skip restore_callback_states
 data_seed use_cpu accelerator_config dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters
 ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics
+train_sampling_strategy
 resume_from_checkpoint local_rank neftune_noise_alpha
 """,
 )
@@ -76,6 +79,7 @@ def test_arguments_can_be_copied(tmp_path) -> None:
     [
         ({"fp16": True}, "fp16 is true, which does nothing on a CPU: set bf16"),
         ({"accelerator_config": {"even_batches": False}}, "even_batches is false: .*leave it out"),
+        ({"train_sampling_strategy": "sequential"}, "in the corpus' order; choose 'random' or 'group_by_length'"),
         ({"backbone_learning_rate": 0.0}, "backbone_learning_rate is 0.0: give a positive rate"),
     ],
 )
@@ -90,3 +94,30 @@ def test_the_direction_of_the_metric_follows_from_it(tmp_path) -> None:
         for name in ("macro_f1", "loss", "eval_loss_primary", "kl")
     }
     assert found == {"macro_f1": True, "loss": False, "eval_loss_primary": False, "kl": False}
+
+
+def test_what_is_on_without_asking_where_there_is_a_gpu(tmp_path, monkeypatch) -> None:
+    plain = SailerTrainingArguments(str(tmp_path), use_cpu=True)
+    assert (plain.bf16, plain.tf32, plain.dataloader_num_workers) == (False, None, 0)
+    assert not plain.accelerator_config.non_blocking and not plain.logging_nan_inf_filter
+    monkeypatch.setattr(arguments_module, "is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr(arguments_module, "is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(6))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    given = SailerTrainingArguments(str(tmp_path), use_cpu=True)
+    given.dataloader_pin_memory = True  # which a CPU has not
+    on = {"bf16": True, "tf32": True, "dataloader_num_workers": 3, "accelerator_config": {"non_blocking": True}}
+    assert gpu_defaults(given) == on
+    given.fp16, given.dataloader_pin_memory = True, False
+    assert gpu_defaults(given) == on | {"bf16": False, "accelerator_config": None}
+
+    # The way through: what was said stands, what was not is filled in.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda:0"))
+    filled = SailerTrainingArguments(str(tmp_path), dataloader_pin_memory=True)
+    choice = {"bf16": False, "tf32": False, "dataloader_num_workers": 0}
+    said = SailerTrainingArguments(str(tmp_path), accelerator_config={"non_blocking": False}, **choice)
+    assert {name: getattr(filled, name) for name in on} == on
+    assert (said.bf16, said.tf32, said.dataloader_num_workers) == (False, False, 0)
+    assert said.accelerator_config == {"non_blocking": False}

@@ -389,7 +389,6 @@ REFUSED = {
     "prediction_loss_only": True,
     "push_to_hub": True,
     "remove_unused_columns": True,
-    "train_sampling_strategy": "group_by_length",
     "use_cache": True,
     "use_liger_kernel": True,
 }

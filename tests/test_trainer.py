@@ -38,6 +38,7 @@ def rows() -> Dataset:
         {
             "id": [f"clip{i}" for i in range(clips)],
             "audio": [{"bytes": wav(0.2 + 0.05 * (i % 4), i)} for i in range(clips)],
+            "duration": [0.2 + 0.05 * (i % 4) for i in range(clips)],
             "transcript": ["so happy", "leave me alone", "", "the lazy dog"] * 4,
             "votes": votes,
             "secondary_votes": random.integers(0, 2, (clips, 17)),
@@ -160,6 +161,51 @@ def test_evaluation_loss_is_the_mean_over_clips(tmp_path, tiny_sailer, rows) -> 
     for name in ("eval_loss", *(f"eval_loss_{head}" for head in HEADS), "eval_kl"):
         assert uneven[name] == pytest.approx(whole[name], rel=1e-5)
     assert whole["eval_loss_primary"] == pytest.approx(whole["eval_kl"], rel=1e-4)
+
+
+def test_evaluation_batches_are_of_like_length_and_the_order_is_kept(tmp_path, tiny_sailer, rows) -> None:
+    run = trainer(tmp_path, tiny_sailer, rows, per_device_eval_batch_size=4)
+    widths = [batch["attention_mask"].sum(1).unique().tolist() for batch in run.get_eval_dataloader()]
+    assert widths == [[35], [30], [25], [20]]
+    prediction = run.predict(rows)
+    assert prediction.label_ids["consensus"].tolist() == rows["label"]
+    one_by_one = run.predict(rows.remove_columns("duration"))
+    for name, values in prediction.predictions.items():
+        np.testing.assert_allclose(values, one_by_one.predictions[name], rtol=1e-5, atol=1e-5)
+
+
+def test_training_in_batches_of_like_length(tmp_path, tiny_sailer, rows) -> None:
+    """In every epoch, also one that is gone on with, and the same whether batches are accumulated."""
+
+    def lengths(**options) -> list[list[int]]:
+        run = trainer(tmp_path, tiny_sailer, rows, eval_strategy="no", num_train_epochs=2, **options)
+        seen, collate = [], run.data_collator
+
+        def spy(items):
+            batch = collate(items)
+            seen.append(sorted(batch["attention_mask"].sum(1).tolist()))
+            return batch
+
+        run.data_collator = spy
+        run.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
+        return seen
+
+    alike = {
+        "train_sampling_strategy": "group_by_length",
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": None,
+    }
+    whole = lengths(per_device_train_batch_size=4, **alike)
+    assert sorted(map(set, whole[:4]), key=min) == [{20}, {25}, {30}, {35}]
+    assert [set(batch) for batch in whole[4:]] != [set(batch) for batch in whole[:4]]
+    resumed = lengths(
+        per_device_train_batch_size=4, **(alike | {"resume_from_checkpoint": str(tmp_path / "checkpoint-6")})
+    )
+    assert resumed[-2:] == whole[-2:]
+    halves = lengths(per_device_train_batch_size=2, gradient_accumulation_steps=2, **alike)
+    assert [sorted(first + second) for first, second in zip(halves[::2], halves[1::2], strict=True)] == whole
+    assert any(len(set(batch)) > 1 for batch in lengths(per_device_train_batch_size=4))
 
 
 def test_training_lowers_the_loss_and_keeps_the_best(tmp_path, tiny_sailer, rows) -> None:

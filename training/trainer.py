@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from sailer.data.sampler import EpochSampler, PlannedDataset
+from sailer.data.sampler import EpochSampler, LongestFirst, PlannedDataset, longest_first
 from sailer.data.schema import LabelSet
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import SailerObjective
@@ -195,10 +196,30 @@ class SailerTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, PlannedDataset):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = EpochSampler(len(dataset), seed=seed)
+            lengths = dataset.seconds if self.args.train_sampling_strategy == "group_by_length" else None
+            # A step's rows, over all processes and accumulated batches: how they are shared out changes nothing.
+            step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+            sampler = EpochSampler(len(dataset), seed=seed, lengths=lengths, step=step)
             self.add_callback(_EpochCallback(sampler))
             return sampler
         return super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        lengths = _lengths(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset) if lengths is None else LongestFirst(lengths)
+
+    def evaluation_loop(self, dataloader: torch.utils.data.DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's over batches of like length, with predictions and targets in the order of the dataset."""
+        output: Any = super().evaluation_loop(dataloader, *args, **kwargs)
+        lengths = _lengths(dataloader.dataset)
+        if lengths is None:
+            return output
+        back = np.argsort(longest_first(lengths))
+        parts = {
+            part: {name: values[back] for name, values in (getattr(output, part) or {}).items()}
+            for part in ("predictions", "label_ids")
+        }
+        return output._replace(**parts)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -228,6 +249,13 @@ class SailerTrainer(Trainer):
             else:  # a class index: known only where both agree
                 mixed[name] = torch.where(target == other, target, -100)
         return {**inputs, "mixup_permutation": permutation, "mixup_lambda": shares}, mixed
+
+
+def _lengths(dataset: Any) -> np.ndarray | None:
+    """Durations of a split's clips, (clips,); None of what is no split."""
+    if isinstance(dataset, datasets.Dataset) and "duration" in dataset.column_names:
+        return dataset.select_columns(["duration"]).with_format("numpy")["duration"][:]
+    return None
 
 
 class _EpochCallback(TrainerCallback):
