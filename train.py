@@ -290,7 +290,7 @@ def cache_features(
             datasets,
             folder=folder,
             dtype=data.feature_dtype,
-            num_workers=settings.training.dataloader_num_workers,
+            num_workers=settings.training.dataloader_num_workers or 0,
         )
 
 
