@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from sailer.configuration_sailer import SailerConfig
+    from sailer.ensemble_sailer import SailerEnsemble
     from sailer.modeling_sailer import SailerForAudioClassification, SailerModel
     from sailer.pipeline_sailer import SpeechEmotionPipeline
     from sailer.processing_sailer import SailerProcessor
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "SailerConfig": "configuration_sailer",
+    "SailerEnsemble": "ensemble_sailer",
     "SailerModel": "modeling_sailer",
     "SailerForAudioClassification": "modeling_sailer",
     "SailerProcessor": "processing_sailer",
@@ -25,6 +27,7 @@ _PUBLIC = {
 
 __all__ = [
     "SailerConfig",
+    "SailerEnsemble",
     "SailerForAudioClassification",
     "SailerModel",
     "SailerProcessor",

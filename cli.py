@@ -68,6 +68,29 @@ def evaluate(command: argparse.Namespace) -> Path | None:
     )
 
 
+def ensemble(command: argparse.Namespace) -> Path:
+    """Make one system of several."""
+    weights: str | list[float] | None = command.weights
+    if command.weights not in (None, "fit"):
+        try:
+            weights = [float(weight) for weight in command.weights.split(",")]
+        except ValueError as error:
+            raise SettingsError(f"--weights is {weights!r}; give a number for each member, 2,1,1, or fit.") from error
+    return _from("training.ensembling", "build_ensemble")(
+        command.models,
+        command.folder,
+        combine=command.combine,
+        weights=weights,
+        corpus=command.corpus,
+        data_dir=command.data_dir,
+        split=command.split,
+        corpus_options=_mapping("corpus_options", command.corpus_options),
+        batch_size=command.batch_size,
+        heads=command.heads if command.heads in ("union", "common") else command.heads.split(","),
+        references=command.references,
+    )
+
+
 def predict(command: argparse.Namespace) -> Path | int | None:
     """Predict the emotions of recordings."""
     return _from("inference.predict", "main")(command)
@@ -149,6 +172,21 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--output_dir", type=Path, metavar="DIR", help="for the metrics and the confusion matrix")
     added.add_argument("--corpus_options", default="{}", metavar="YAML", help="as in a recipe: '{option: value}'")
     added.add_argument("--batch_size", type=int, default=8, metavar="N")
+
+    added = add(ensemble, "ensemble MODEL... FOLDER [options]")
+    added.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids (user/name@revision) of systems")
+    added.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write")
+    added.add_argument(
+        "--combine", choices=("probabilities", "logits", "stacked"), default="probabilities", help="how"
+    )
+    added.add_argument("--weights", metavar="W", help="shares of the members, 2,1,1; or fit, on the clips named next")
+    added.add_argument("--corpus", metavar="NAME", help="clips to fit on, which no member trained on")
+    added.add_argument("--data_dir", metavar="DIR", help="the corpus's folder")
+    added.add_argument("--split", default="validation", metavar="S")
+    added.add_argument("--corpus_options", default="{}", metavar="YAML", help="as in a recipe: '{option: value}'")
+    added.add_argument("--batch_size", type=int, default=8, metavar="N")
+    added.add_argument("--heads", default="union", metavar="H", help="union, common, or names: primary,attributes")
+    added.add_argument("--references", action="store_true", help="keep members as Hub ids and commits, not as copies")
 
     added = add(predict, "predict MODEL PATH... [options]")
     added.add_argument("model", metavar="MODEL", help="folder or Hub id")

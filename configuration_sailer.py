@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ REQUIREMENTS = (
     *("torch>=2.6", "transformers>=5.17,<6", "numpy>=2.0", "safetensors>=0.8"),
     *("soundfile>=0.13", "soxr>=0.5"),
 )
+# Of from_pretrained's options, those that say where a checkpoint is.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 # Of a backbone's configuration, where it has them: whole numbers from 1.
 SIZES = (
@@ -52,6 +55,13 @@ CUSTOM_PIPELINES = {
         "pt": ["AutoModelForAudioClassification"],
         "type": "multimodal",
     }
+}
+COMBINE = ("probabilities", "logits", "stacked")
+SUBFOLDER = re.compile(r"\w[\w.-]*")
+ENSEMBLE_AUTO_MAP = {
+    "AutoConfig": "configuration_sailer.SailerEnsembleConfig",
+    "AutoModelForAudioClassification": "ensemble_sailer.SailerEnsemble",
+    "AutoProcessor": "processing_sailer.SailerEnsembleProcessor",
 }
 
 
@@ -279,6 +289,128 @@ class SailerConfig(PretrainedConfig):
             raise ValueError(f"trainable_audio_layers is a whole number from 1{there}; got {trainable!r}.")
 
 
+class SailerEnsembleConfig(SailerConfig):
+    r"""
+    Configuration of an ensemble: where its members are, and how their outputs become one.
+
+    Args:
+        members (list of `dict`): of each member `name`; `subfolder`, or `repo_id` and `revision`; `heads`; and which
+            of the processor's inputs it reads: `audio_input`, and `text_input` (`None`: it reads no transcripts).
+        combine (`str`, defaults to `"probabilities"`): the primary emotions are the mean of the members'
+            `"probabilities"`, the softmax of the mean of their `"logits"`, or `"stacked"`: a logistic regression on
+            their log probabilities. Of all other outputs the plain mean is taken, over the members that have them.
+        kwargs: as `SailerConfig` takes them, for what the members have in common: labels, scored classes, heads.
+            `max_seconds` is the shortest of the members', `text_dropout` the least. `calibration_temperature`
+            divides the logarithm of the combined natural probabilities; `label_weights` are those of a stacked
+            ensemble's regression.
+
+    Raises:
+        ValueError: an unknown `combine`, or a member whose place is not named or leads out of the folder.
+    """
+
+    model_type = "sailer_ensemble"
+
+    def __init__(
+        self, members: Sequence[Mapping[str, Any]] = (), combine: str = "probabilities", **kwargs: Any
+    ) -> None:
+        if combine not in COMBINE:
+            raise ValueError(f"combine is {combine!r}; choose one of {list(COMBINE)}.")
+        self.members = [dict(member) for member in members]
+        self.combine = combine
+        for index, member in enumerate(self.members):
+            _check_place(index, member)
+        super().__init__(**kwargs)
+        self.auto_map = dict(ENSEMBLE_AUTO_MAP)
+
+    def having(self, head: str) -> list[int]:
+        """Positions of the members that have a head."""
+        return [index for index, member in enumerate(self.members) if head in member["heads"]]
+
+    def check_member(self, name: str, own: SailerConfig, heads: Sequence[str]) -> None:
+        """See that a member's configuration fits; `heads` are those that the ensemble takes of it.
+
+        Raises:
+            ValueError: other labels, or a head that is not there; the message names the member.
+        """
+        for option, head in (("labels", "primary"), ("secondary_labels", "secondary"), ("sex_labels", "sex")):
+            theirs, ours = getattr(own, option), getattr(self, option)
+            if (head in heads or head == "primary") and theirs != ours:
+                way = "" if head == "primary" else f", or leave the {head} head out (heads=)"
+                raise ValueError(f"{name} has the {option} {theirs}, the ensemble {ours}: members must agree{way}.")
+        if set(own.scored_labels) != set(self.scored_labels):
+            raise ValueError(
+                f"{name} decides among {own.scored_labels}, the ensemble among {self.scored_labels}: members must "
+                "agree."
+            )
+        lost = [head for head in heads if head not in own.heads]
+        if lost:
+            raise ValueError(f"{name} has no {lost[0]} head, which the ensemble needs: it has only {own.heads}.")
+
+
+def place_of(source: str | os.PathLike, index: int) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Folder or Hub id ("user/name@revision") of a system, what finds it, and its entry in an ensemble's `members`."""
+    source = os.fspath(source)
+    place, _, revision = (source, "", "") if os.path.isdir(source) else source.partition("@")
+    entry = {"name": os.path.basename(os.path.normpath(place)), "subfolder": f"member_{index}"}
+    return place, ({"revision": revision} if revision else {}), entry
+
+
+def load_member(
+    classes: Mapping[str, Any],
+    ensemble: Any,
+    index: int,
+    member: Mapping[str, Any],
+    located: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """What `load_part` gives of a member, from its subfolder of an ensemble or from the Hub."""
+    _check_place(index, member)
+    name = f"Member {index} ({member.get('name')}) of {ensemble}"
+    if "repo_id" in member:
+        there = {option: value for option, value in located.items() if option != "subfolder"}
+        return load_part(
+            classes, member["repo_id"], there | {"revision": member.get("revision") or "main"}, options, name
+        )
+    below = "/".join(filter(None, [located.get("subfolder"), member["subfolder"]]))
+    return load_part(classes, ensemble, {**located, "subfolder": below}, options, name)
+
+
+def load_part(
+    classes: Mapping[str, Any],
+    source: str | os.PathLike,
+    located: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Any:
+    """A system's model or processor, by one of our own classes: never by code that lies beside it.
+
+    Args:
+        classes: model_type of a config.json -> class with `from_pretrained`.
+        source, located: where it is: a folder or Hub id, and options such as `revision` and `subfolder`.
+        options: further ones of `from_pretrained`.
+        name: what errors call it; by default the source.
+
+    Raises:
+        OSError: it is not there, or not whole.
+        ValueError: it is of another kind, or cannot be used.
+    """
+    name = str(source) if name is None else name
+    try:
+        settings = PretrainedConfig.get_config_dict(source, **located)[0]
+        if not settings:
+            raise OSError("there is no config.json.")
+        kind = str(settings.get("model_type"))
+        if kind not in classes:
+            raise ValueError(f"it is a {kind!r} model, expected {' or '.join(sorted(classes))}.")
+        return classes[kind].from_pretrained(source, **located, **(options or {}))
+    except OSError as error:
+        raise OSError(f"{name} is not in its place, or not whole: {error}") from error
+    except ValueError as error:
+        if name in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
+
+
 def take_push_options(save_directory: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
     """Of the options of a `save_pretrained(push_to_hub=True)`, taken out of them: what `push_to_hub` is called with.
 
@@ -286,6 +418,12 @@ def take_push_options(save_directory: str | os.PathLike, options: dict[str, Any]
     """
     push = {name: options.pop(name) for name in PUSH_OPTIONS if name in options}
     return {"repo_id": os.path.basename(os.path.abspath(save_directory))} | push
+
+
+def _check_place(index: int, member: Mapping[str, Any]) -> None:
+    place = member.get("subfolder", member.get("repo_id"))
+    if not isinstance(place, str) or ("subfolder" in member and not SUBFOLDER.fullmatch(place)):
+        raise ValueError(f"Member {index} is at {place!r}: name a subfolder of the ensemble, or a repo_id.")
 
 
 def _relabelled(saved: dict[str, Any], naming: dict[str, Any]) -> dict[str, Any]:
@@ -341,5 +479,6 @@ def _sub_config(name: str, config: PretrainedConfig | dict[str, Any] | None) -> 
 
 
 SailerConfig.register_for_auto_class()
+SailerEnsembleConfig.register_for_auto_class()
 
-__all__ = ["SailerConfig"]
+__all__ = ["SailerConfig", "SailerEnsembleConfig"]

@@ -90,6 +90,22 @@ class SailerClassifierOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+@dataclass
+class SailerEnsembleOutput(SailerClassifierOutput):
+    """
+    What a system gives, and what the members gave: member_logits (batch, members, labels), member_secondary_logits
+    (batch, members, secondary labels), member_attributes (batch, members, 3), member_sex_logits (batch, members, 2)
+    and member_age (batch, members), each of the members that have the head, in order (`config.having`).
+    embeddings are the members', one after the other.
+    """
+
+    member_logits: torch.Tensor | None = None
+    member_secondary_logits: torch.Tensor | None = None
+    member_attributes: torch.Tensor | None = None
+    member_sex_logits: torch.Tensor | None = None
+    member_age: torch.Tensor | None = None
+
+
 def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean over the known clips of the KL divergence from distributions (batch, labels), or of the cross-entropy of
     class ids (batch,)."""
@@ -120,6 +136,7 @@ __all__ = [
     "LayerWeights",
     "PredictionHead",
     "SailerClassifierOutput",
+    "SailerEnsembleOutput",
     "SailerModelOutput",
     "masked_mean",
     "plain_loss",

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
-from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig, take_push_options
+from .configuration_sailer import ATTRIBUTES, HUB_OPTIONS, REQUIREMENTS, SailerConfig, take_push_options
 from .encoders_sailer import (
     all_hidden_states,
     build_encoder,
@@ -39,8 +39,6 @@ from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_
 
 logger = logging.get_logger(__name__)
 
-# Of from_pretrained's options, those that say where a checkpoint is.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 # Targets of the auxiliary heads: the loss over them is the training objective's.
 AUXILIARY_LABELS = ("secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years

@@ -380,22 +380,25 @@ class SpeechEmotionPipeline(Pipeline):
         return self.model.config.max_seconds if chunk_length_s is None else chunk_length_s
 
     def _check_length(self, seconds: float) -> None:
-        extractor = self.processor.feature_extractor
-        positions = getattr(self.model.config.audio_config, "max_source_positions", None)
-        longest = float("inf") if positions is None else positions / 50
-        if self.processor.audio_padding == "max_length" and hasattr(extractor, "n_samples"):
-            longest = extractor.n_samples / extractor.sampling_rate  # what is longer, the extractor cuts off
-        if seconds > longest:
-            raise ValueError(
-                f"The audio is heard in windows of {seconds:.1f} s and this encoder takes {longest:.0f} s: choose a "
-                "chunk_length_s up to that."
-            )
+        systems = getattr(self.model, "members", [self.model])  # an ensemble's, and their processors
+        for model, processor in zip(systems, getattr(self.processor, "processors", [self.processor]), strict=True):
+            extractor = processor.feature_extractor
+            positions = getattr(model.config.audio_config, "max_source_positions", None)
+            longest = float("inf") if positions is None else positions / 50
+            if processor.audio_padding == "max_length" and hasattr(extractor, "n_samples"):
+                longest = extractor.n_samples / extractor.sampling_rate  # what is longer, the extractor cuts off
+            if seconds > longest:
+                raise ValueError(
+                    f"The audio is heard in windows of {seconds:.1f} s and this encoder takes {longest:.0f} s: choose "
+                    "a chunk_length_s up to that."
+                )
 
     def _values(self, outputs: dict[str, torch.Tensor], prior: str) -> dict[str, torch.Tensor]:
         """What can be averaged over windows, by head; each (windows, ...)."""
         values = {}
         if "logits" in outputs:
-            values["primary"] = self.model.probabilities(outputs["logits"], prior)
+            said = outputs.get("member_logits", outputs["logits"])  # of an ensemble, what each member says
+            values["primary"] = self.model.probabilities(said, prior)
         if "attributes" in outputs:
             values["attributes"] = outputs["attributes"]
         if "secondary_logits" in outputs:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, Processo
 from transformers.utils import logging
 
 from .audio_sailer import MINIMUM_SECONDS, load_audio
-from .configuration_sailer import take_push_options
+from .configuration_sailer import HUB_OPTIONS, load_member, load_part, place_of, take_push_options
 
 logger = logging.get_logger(__name__)
 
@@ -299,10 +300,164 @@ class SailerProcessor(ProcessorMixin):
         return {"input_ids": tokens["input_ids"], "text_attention_mask": tokens["attention_mask"] * spoken}
 
 
+class SailerEnsembleProcessor(ProcessorMixin):
+    """
+    The members' processors as one: audio is read once, and what several members read alike is made once.
+
+    Args:
+        processors: a `SailerProcessor` for each member.
+        members: the `members` of the ensemble's configuration; which of the inputs each one reads is filled in.
+
+    Raises:
+        ValueError: another number of processors than of members, or other sampling rates.
+    """
+
+    def __init__(
+        self, processors: Sequence[SailerProcessor], members: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        named = [{"name": str(i), "subfolder": f"member_{i}"} for i in range(len(processors))]
+        self.members = [dict(member) for member in (named if members is None else members)]
+        if len(processors) != len(self.members) or not processors:
+            raise ValueError(f"{len(processors)} processors for {len(self.members)} members: pass one for each.")
+        super().__init__()
+        self.processors = list(processors)
+        rates = [processor.sampling_rate for processor in processors]
+        if len(set(rates)) > 1:
+            raise ValueError(f"The members hear at {rates} Hz: an ensemble's audio is read once, at one rate.")
+        sounds: list[str] = []
+        texts: list[str] = []
+        self.hearing: list[SailerProcessor] = []
+        self.reading: list[SailerProcessor] = []
+        for member, processor in zip(self.members, self.processors, strict=True):
+            sound = json.dumps([processor.feature_extractor.to_dict(), processor.audio_padding], default=str)
+            if sound not in sounds:
+                sounds.append(sound)
+                self.hearing.append(
+                    SailerProcessor(processor.feature_extractor, audio_padding=processor.audio_padding)
+                )
+            member |= {"audio_input": sounds.index(sound), "text_input": None}
+            if processor.tokenizer is not None:
+                words = _tokenizer_key(processor.tokenizer)
+                if words not in texts:
+                    texts.append(words)
+                    self.reading.append(processor)
+                member["text_input"] = texts.index(words)
+
+    def __call__(
+        self,
+        audio: Any = None,
+        text: str | Sequence[str] | None = None,
+        sampling_rate: int | None = None,
+        return_tensors: str | None = "pt",
+        device: str | torch.device = "cpu",
+        **options: Any,
+    ) -> BatchFeature:
+        """As `SailerProcessor`'s. Each input's name has the number of the `audio_input` or `text_input` behind it:
+        `input_features_0`, `attention_mask_0`, `input_ids_0`, `text_attention_mask_0`, `input_values_1`, ..."""
+        if audio is None:
+            raise ValueError("No audio: pass audio=waveform or a list of waveforms.")
+        if text is not None and not self.reading:
+            raise ValueError("No member reads transcripts, so leave text out.")
+        clips, is_rate_known = self.hearing[0]._waveforms(audio, sampling_rate)
+        rate = self.sampling_rate if is_rate_known else None
+        data: dict[str, Any] = {}
+        for number, part in enumerate(self.hearing):
+            made = part(clips, sampling_rate=rate, device=device, **options)
+            data |= {f"{name}_{number}": value for name, value in made.items()}
+        for number, part in enumerate(self.reading):
+            data |= {f"{name}_{number}": value for name, value in part.tokenize(text, len(clips)).items()}
+        return BatchFeature(data).convert_to_tensors(return_tensors)
+
+    @property
+    def sampling_rate(self) -> int:
+        """The members' sampling rate in Hz."""
+        return self.processors[0].sampling_rate
+
+    @property
+    def feature_extractor(self) -> Any:
+        """The first member's."""
+        return self.processors[0].feature_extractor
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the first member that reads transcripts; `None` where none does."""
+        return self.reading[0].tokenizer if self.reading else None
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that a call returns."""
+        heard = [f"{name}_{number}" for number, part in enumerate(self.hearing) for name in part.model_input_names]
+        read = [f"{name}_{n}" for n, _ in enumerate(self.reading) for name in ("input_ids", "text_attention_mask")]
+        return heard + read
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return []
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # a list of systems too
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> Self:
+        """Load an ensemble's processor, or that of a list of systems (see `SailerEnsemble.from_pretrained`).
+
+        Raises:
+            OSError: a member is not in its place; the message names it.
+            ValueError: members that cannot be heard together.
+        """
+        located = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+        source = pretrained_model_name_or_path
+        if isinstance(source, (list, tuple)):
+            places = [place_of(system, index) for index, system in enumerate(source)]
+            parts = [load_part(MEMBER_PROCESSORS, place, located | there) for place, there, _ in places]
+            return cls(parts, [entry for _, _, entry in places])
+        members = cls.get_processor_dict(source, **located)[0]["members"]
+        return cls(
+            [load_member(MEMBER_PROCESSORS, source, i, member, located) for i, member in enumerate(members)], members
+        )
+
+    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        name = type(self).__name__
+        auto_map = {"AutoProcessor": f"processing_sailer.{name}"}
+        return {"processor_class": name, "auto_map": auto_map, "members": self.members}
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """As transformers': members that have a subfolder are saved there."""
+        push = take_push_options(save_directory, kwargs) if push_to_hub else None
+        files = super().save_pretrained(save_directory, **kwargs)
+        for member, processor in zip(self.members, self.processors, strict=True):
+            if "subfolder" in member:
+                folder = os.path.join(save_directory, member["subfolder"])
+                files += processor.save_pretrained(folder)
+                drop_code(folder)
+        if push is not None:
+            self.push_to_hub(**push, token=kwargs.get("token"))
+        return files
+
+
+# The classes that an ensemble's members load with, by the model_type of their config.json.
+MEMBER_PROCESSORS = {"sailer": SailerProcessor}
+
+
+def drop_code(folder: str) -> None:
+    """Take the code out of a member's folder: the ensemble's own has it, and it is what loads the members."""
+    for name in os.listdir(folder):
+        if name.endswith(".py") or name == "requirements.txt":
+            os.remove(os.path.join(folder, name))
+
+
+def _tokenizer_key(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    return f"{type(tokenizer).__name__} {tokenizer.model_max_length} {vocabulary}"
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Number) or getattr(value, "ndim", None) == 0
 
 
 SailerProcessor.register_for_auto_class()
+SailerEnsembleProcessor.register_for_auto_class()
 
-__all__ = ["SailerProcessor"]
+__all__ = ["SailerEnsembleProcessor", "SailerProcessor"]

@@ -17,10 +17,16 @@ from sailer.atomic import replacing
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from sailer.configuration_sailer import SailerConfig
+    from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
 
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md.jinja"
 CONVERTED_TEMPLATE = CARD_TEMPLATE.with_name("converted.md.jinja")
+ENSEMBLE_TEMPLATE = CARD_TEMPLATE.with_name("ensemble.md.jinja")
+COMBINED = {
+    "probabilities": "the mean of the members' probabilities",
+    "logits": "the softmax of the mean of the members' logits",
+    "stacked": "a logistic regression on the members' log probabilities, fitted on a validation set",
+}
 CARD_TAGS = ("speech-emotion-recognition", "emotion", "sailer")
 # What the card's metadata calls each figure of the report: the Hub's name of the metric, and the one it shows.
 CARD_METRICS = {
@@ -126,6 +132,35 @@ def render_converted_card(source: str, config: SailerConfig, name: str, path: st
     facts: dict[str, Any] = {"card_data": card_data.to_yaml(), "source": source, "model_name": name, "model_id": name}
     facts |= {"heads": config.heads, "labels": config.labels, "audio_backbone": backbone}
     return _render(CONVERTED_TEMPLATE, facts, path)
+
+
+def render_ensemble_card(config: SailerEnsembleConfig, weights: Sequence[float], name: str, path: str | Path) -> Path:
+    """Write the card of an ensemble.
+
+    Args:
+        config: the ensemble's configuration.
+        weights: the members' shares of the primary emotions.
+        name: the folder's name.
+        path: Markdown file to write.
+    """
+    from huggingface_hub import ModelCardData
+
+    references = [member["repo_id"] for member in config.members if "repo_id" in member]
+    card_data = ModelCardData(
+        base_model=references or None,
+        library_name="transformers",
+        model_name=name,
+        pipeline_tag="audio-classification",
+        tags=[*CARD_TAGS, "ensemble"],
+    )
+    shares = ["-" if config.combine == "stacked" else f"{weight / sum(weights):.3f}" for weight in weights]
+    facts: dict[str, Any] = {"card_data": card_data.to_yaml(), "model_name": name, "model_id": name}
+    facts |= {"heads": config.heads, "labels": config.labels, "combined": COMBINED[config.combine]}
+    facts["members"] = [
+        {"name": member["name"], "heads": member["heads"], "share": share}
+        for member, share in zip(config.members, shares, strict=True)
+    ]
+    return _render(ENSEMBLE_TEMPLATE, facts, path)
 
 
 def _render(template: Path, facts: Mapping[str, Any], path: str | Path) -> Path:

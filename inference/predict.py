@@ -19,11 +19,10 @@ from tqdm import tqdm
 
 from sailer.atomic import replacing
 from sailer.audio_sailer import URL_PREFIXES
+from sailer.ensemble_sailer import load_system
 from sailer.inference.outputs import EmbeddingFile, PredictionError, RowFile, columns_of, row_of, written_name
 from sailer.inference.timeline import picture_name, plot_timeline
-from sailer.modeling_sailer import SailerForAudioClassification
 from sailer.pipeline_sailer import SpeechEmotionPipeline
-from sailer.processing_sailer import SailerProcessor
 from sailer.windows_sailer import Clip
 
 if TYPE_CHECKING:
@@ -212,8 +211,7 @@ def load_classifier(
         PredictionError: an unknown device or precision, or a system that needs transcripts without a transcriber.
     """
     _check_hardware(device, dtype)
-    model = SailerForAudioClassification.from_pretrained(settings.model, dtype=dtype)
-    processor = SailerProcessor.from_pretrained(settings.model)
+    model, processor = load_system(settings.model, dtype=dtype)
     if processor.tokenizer is not None and settings.transcriber is None and model.config.text_dropout <= 0:
         raise PredictionError(
             f"{settings.model} was trained on speech and its transcript together: name a speech-recognition model "

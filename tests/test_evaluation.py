@@ -74,7 +74,9 @@ def test_systems_with_other_labels_are_refused(tiny_speech_sailer: Path, other: 
     settings = json.loads((other / "config.json").read_text())
     settings["labels"] = [*PRIMARY_LABELS[1:], PRIMARY_LABELS[0]]
     (other / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match=r"has the labels \['Angry', 'Contempt'.* \['Contempt', "):
+    with pytest.raises(
+        ValueError, match=r"Member 1 \(other\) has the labels \['Contempt', .*, the ensemble \['Angry', 'Contempt'"
+    ):
         evaluate_models([tiny_speech_sailer, other], "manifest")
 
 

@@ -11,8 +11,10 @@ import pytest
 import soundfile
 import torch
 
-from sailer import SailerForAudioClassification, SailerProcessor, SpeechEmotionPipeline
+from sailer import SailerEnsemble, SpeechEmotionPipeline
+from sailer.ensemble_sailer import load_system
 from sailer.hub.publishing import push
+from sailer.processing_sailer import SailerEnsembleProcessor
 
 # Run with -S and only site-packages on the path: .pth files, and with them an editable install, are not followed.
 STRANGER = """
@@ -32,7 +34,7 @@ system, clip, answers, copy, *text = sys.argv[1:]
 config = AutoConfig.from_pretrained(system, trust_remote_code=True)
 model = AutoModelForAudioClassification.from_pretrained(system, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(system, trust_remote_code=True)
-assert config.model_type == "sailer" and type(processor).__name__ == "SailerProcessor"
+assert config.model_type.startswith("sailer") and type(processor).__name__.startswith("Sailer")
 wave = soundfile.read(clip, dtype="float32")[0]
 with torch.no_grad():
     outputs = dict(model(**processor(audio=wave, text=text or None, sampling_rate=16000)))
@@ -50,8 +52,23 @@ print(json.dumps(results, default=lambda array: array.tolist()))
 CODE = {path.name for path in Path(__file__).resolve().parents[1].glob("*_sailer.py")}
 
 
+@pytest.fixture
+def tiny_ensemble(tiny_sailer: Path, tiny_speech_sailer: Path, tmp_path: Path) -> Path:
+    systems = [tiny_sailer, tiny_speech_sailer]
+    SailerEnsemble.from_pretrained(systems).save_pretrained(tmp_path / "ensemble")
+    SailerEnsembleProcessor.from_pretrained(systems).save_pretrained(tmp_path / "ensemble")
+    return tmp_path / "ensemble"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("system", "texts"), [("tiny_sailer", ("so happy", "leave me")), ("tiny_speech_sailer", ())])
+@pytest.mark.parametrize(
+    ("system", "texts"),
+    [
+        ("tiny_sailer", ("so happy", "leave me")),
+        ("tiny_speech_sailer", ()),
+        ("tiny_ensemble", ("so happy", "leave me")),
+    ],
+)
 def test_without_the_package(
     system: str,
     texts: tuple[str, ...],
@@ -61,9 +78,8 @@ def test_without_the_package(
     request: pytest.FixtureRequest,
 ) -> None:
     folder = request.getfixturevalue(system)
-    model = SailerForAudioClassification.from_pretrained(folder).eval()
-    model.config.label_weights = [3.0, *[1.0] * 8]
-    processor = SailerProcessor.from_pretrained(folder)
+    model, processor = load_system(folder)
+    getattr(model, "members", [model.eval()])[0].config.label_weights = [3.0, *[1.0] * 8]
     saved, clip, answers = tmp_path / "system", tmp_path / "clip.wav", tmp_path / "answers.pt"
     model.save_pretrained(saved)
     processor.save_pretrained(saved)
@@ -107,6 +123,7 @@ def test_without_the_package(
     assert expected[0] != expected[1]["primary"] and expected[1].get("transcript") == (texts[0] if texts else None)
     expected = json.loads(json.dumps(expected, default=np.ndarray.tolist))
     assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 3
-    assert {path.name for path in (tmp_path / "copy").glob("*.py")} == CODE
-    assert {name for name in hub.files["me/it"] if name.endswith(".py")} == CODE
+    code = CODE if system == "tiny_ensemble" else CODE - {"ensemble_sailer.py"}
+    assert {path.name for path in (tmp_path / "copy").glob("*.py")} == code
+    assert {name for name in hub.files["me/it"] if name.endswith(".py")} == code
     assert not list((tmp_path / "copy").glob("*.bin"))

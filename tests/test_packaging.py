@@ -24,6 +24,7 @@ ROOT_MODULES = {
     "cli",
     "configuration_sailer",
     "encoders_sailer",
+    "ensemble_sailer",
     "layers_sailer",
     "linear_sailer",
     "modeling_sailer",

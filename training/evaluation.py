@@ -6,23 +6,39 @@ import csv
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
+from transformers import EvalPrediction
 
-from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer, SailerTrainingArguments
+from sailer import SailerEnsemble, SailerForAudioClassification, SailerTrainer, SailerTrainingArguments
 from sailer.atomic import replacing
+from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
 from sailer.data import CorpusError, LabelSet, load_corpus
 from sailer.data.collator import SailerCollator
+from sailer.ensemble_sailer import HEAD_OF_OUTPUT, load_system
+from sailer.processing_sailer import SailerEnsembleProcessor, SailerProcessor
 from sailer.training.calibration import fit_temperature, natural_probabilities
 from sailer.training.losses import ObjectiveSettings, SailerObjective
-from sailer.training.metrics import decisions, distribution_metrics, emotion_report, majority_class_f1
+from sailer.training.metrics import decisions, distribution_metrics, majority_class_f1
 from sailer.training.plots import plot_confusion
-from sailer.training.trainer import SplitPrediction
+from sailer.training.trainer import CONSENSUS, SplitPrediction
+
+ENSEMBLE = "ensemble"
+TARGET_OF_HEAD = {
+    "primary": "labels",
+    "secondary": "secondary_labels",
+    "attributes": "attribute_labels",
+    "sex": "sex_labels",
+    "age": "age_labels",
+}
 
 # What `summary` shows of a split's figures, if it has them.
 SUMMARY = {
@@ -40,6 +56,16 @@ SUMMARY = {
 }
 
 
+@dataclass
+class Evaluated:
+    """A system's outputs on a split by name, (clips, ...) each, its figures, and its natural probabilities."""
+
+    name: str
+    outputs: dict[str, np.ndarray]
+    figures: dict[str, Any]
+    natural: np.ndarray | None
+
+
 def evaluate_models(
     models: Sequence[str | Path],
     corpus: str,
@@ -49,10 +75,11 @@ def evaluate_models(
     corpus_options: Mapping[str, Any] | None = None,
     batch_size: int = 8,
 ) -> Path | None:
-    """Evaluate systems on a split, each by itself and, of several, the mean of their probabilities; print the figures.
+    """Evaluate systems on a split; of several, each and their ensemble (mean of probabilities). Print the figures.
 
     Args:
-        models: folders or Hub ids of systems with one label set.
+        models: folders or Hub ids of systems and ensembles with one label set. Several systems are loaded as an
+            ensemble, so that what they have in common is computed once; beside an ensemble each is evaluated alone.
         corpus: name known to `load_corpus`.
         data_dir: the corpus's folder.
         split: which of its splits.
@@ -66,59 +93,71 @@ def evaluate_models(
 
     Raises:
         ValueError: systems of different labels, or without the primary head (names them).
-        CorpusError: the corpus cannot be read or lacks the split (lists those it has).
+        CorpusError: the corpus cannot be read, or lacks the split (lists those it has) or its labels.
     """
-    loaded = [SailerForAudioClassification.from_pretrained(model) for model in models]
-    config = loaded[0].config
-    for name, model in zip(models, loaded, strict=True):
-        if model.config.labels != config.labels:
-            raise ValueError(f"{models[0]} has the labels {config.labels} and {name} {model.config.labels}.")
-        if "primary" not in model.config.heads:
-            raise ValueError(f"{name} predicts no primary emotions, only {model.config.heads}.")
-    label_set = LabelSet(config.labels, config.majority_labels, config.scored_labels)
+    loaded = _load(models)
+    label_set = label_set_of(loaded[0][0].config)
+    rows = labelled_rows(corpus, data_dir, split, label_set, corpus_options)
+    evaluated: list[Evaluated] = []
+    for names, (model, processor) in zip(_names(models, loaded), loaded, strict=True):
+        found, targets = _evaluate(names, model, processor, rows, label_set, batch_size)
+        for system in found:
+            print(summary(system.name, system.figures))
+        evaluated += found
+    if output_dir is None:
+        return None
+    folder, last = Path(output_dir), evaluated[-1]
+    write_json({system.name: system.figures for system in evaluated}, folder / "metrics.json")
+    logits = last.outputs["logits"]
+    _write_predictions(
+        rows["id"], targets["consensus"], log_softmax(logits, axis=1), label_set, folder / "predictions.csv"
+    )
+    draw_confusion(logits, targets["consensus"], label_set, folder / "confusion_matrix.png")
+    return folder
+
+
+def label_set_of(config: SailerConfig) -> LabelSet:
+    """A system's primary emotions."""
+    return LabelSet(config.labels, config.majority_labels, config.scored_labels)
+
+
+def labelled_rows(
+    corpus: str,
+    data_dir: str | Path | None,
+    split: str,
+    label_set: LabelSet,
+    corpus_options: Mapping[str, Any] | None = None,
+    unlabelled: bool = False,
+) -> Dataset:
+    """A split of a corpus; `unlabelled` ones too, if asked for.
+
+    Raises:
+        CorpusError: the corpus cannot be read, or lacks the split (lists those it has) or its labels.
+    """
     splits = load_corpus(corpus, data_dir, label_set=label_set, **(corpus_options or {}))
     if split not in splits:
         raise CorpusError(f"Corpus {corpus} has no split {split!r}; it has {list(splits)}.")
     rows = splits[split]
-
-    figures, probabilities = {}, []
-    for name, model in zip(models, loaded, strict=True):
-        prediction = predict(model, SailerProcessor.from_pretrained(name), rows, label_set, batch_size)
-        figures[str(name)] = without_prefix(prediction.metrics)
-        targets = prediction.label_ids
-        probabilities.append(log_softmax(prediction.predictions["logits"], axis=1))
-        print(summary(str(name), figures[str(name)]))
-    mean = logsumexp(probabilities, axis=0) - math.log(len(models))
-    if len(models) > 1:
-        figures["ensemble"] = emotion_report(mean, targets["labels"], targets["consensus"], label_set)
-        print(summary("ensemble", figures["ensemble"]))
-    if output_dir is None:
-        return None
-    folder = Path(output_dir)
-    write_json(figures, folder / "metrics.json")
-    _write_predictions(rows["id"], targets["consensus"], mean, label_set, folder / "predictions.csv")
-    draw_confusion(mean, targets["consensus"], label_set, folder / "confusion_matrix.png")
-    return folder
+    columns = rows.select_columns(["label", "votes", "attributes"]).with_format("numpy")[:]
+    has_labels = (columns["label"] >= 0).any() or columns["votes"].any() or np.isfinite(columns["attributes"]).any()
+    if not has_labels and not unlabelled:
+        raise CorpusError(
+            f"The split {split!r} of {corpus} has no labels to evaluate against. --submission writes what a system "
+            "says of it as the challenge's file; other splits: "
+            f"{[name for name in splits if name != split]}."
+        )
+    return rows
 
 
 def predict(
-    model: SailerForAudioClassification,
-    processor: SailerProcessor,
+    model: SailerForAudioClassification | SailerEnsemble,
+    processor: SailerProcessor | SailerEnsembleProcessor,
     rows: Dataset,
     label_set: LabelSet,
     batch_size: int = 8,
 ) -> SplitPrediction:
     """A system's outputs on canonical rows, the targets beside them, and `emotion_report` under keys with "test_"."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = SailerTrainingArguments(folder, per_device_eval_batch_size=batch_size)
-        trainer = SailerTrainer(
-            model,
-            arguments,
-            objective=SailerObjective(ObjectiveSettings(target_weighting="none")),
-            label_set=label_set,
-            data_collator=SailerCollator(processor, label_set, model.config.heads, model.config.max_seconds),
-            eval_dataset=rows,
-        )
+    with _trainer(model, processor, rows, label_set, batch_size) as trainer:
         return trainer.predict(rows)
 
 
@@ -193,6 +232,75 @@ def write_json(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], path: P
 def without_prefix(figures: Mapping[str, float]) -> dict[str, float]:
     """Figures by the names of `emotion_report`, without the Trainer's prefix."""
     return {key.removeprefix("eval_").removeprefix("test_"): value for key, value in figures.items()}
+
+
+@contextmanager
+def _trainer(
+    model: Any, processor: Any, rows: Dataset, label_set: LabelSet, batch_size: int
+) -> Iterator[SailerTrainer]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield SailerTrainer(
+            model,
+            SailerTrainingArguments(folder, per_device_eval_batch_size=batch_size),
+            objective=SailerObjective(ObjectiveSettings(target_weighting="none")),
+            label_set=label_set,
+            data_collator=SailerCollator(processor, label_set, model.config.heads, model.config.max_seconds),
+            eval_dataset=rows,
+        )
+
+
+def _load(models: Sequence[str | Path]) -> list[tuple[Any, Any]]:
+    """Models and their processors; several systems come as one ensemble."""
+    kinds = [SailerConfig.get_config_dict(model)[0].get("model_type") for model in models]
+    if len(models) > 1 and SailerEnsembleConfig.model_type not in kinds:
+        sources = list(models)
+        return [(SailerEnsemble.from_pretrained(sources), SailerEnsembleProcessor.from_pretrained(sources))]
+    loaded = [load_system(model) for model in models]
+    first = loaded[0][0].config
+    for name, (model, _) in zip(models, loaded, strict=True):
+        if model.config.labels != first.labels:
+            raise ValueError(f"{models[0]} has the labels {first.labels} and {name} {model.config.labels}.")
+        if "primary" not in model.config.heads:
+            raise ValueError(f"{name} predicts no primary emotions, only {model.config.heads}.")
+    return loaded
+
+
+def _names(models: Sequence[str | Path], loaded: Sequence[Any]) -> list[list[str]]:
+    """What the figures of each loaded model go by: its own name, or its members' and its own."""
+    names = [str(name) for name in models]
+    return [[*names, ENSEMBLE]] if len(loaded) < len(names) else [[name] for name in names]
+
+
+def _evaluate(
+    names: Sequence[str], model: Any, processor: Any, rows: Dataset, label_set: LabelSet, batch_size: int
+) -> tuple[list[Evaluated], dict[str, np.ndarray]]:
+    """The figures of a model, before them those of its members where they are named; and the targets."""
+    with _trainer(model, processor, rows, label_set, batch_size) as trainer:
+        prediction = trainer.predict(rows)
+        outputs, targets = prediction.predictions, prediction.label_ids
+        found = []
+        for index, name in enumerate(names[:-1]):
+            member = model.members[index]
+            own = {
+                output: outputs[f"member_{output}"][:, model.config.having(head).index(index)]
+                for output, head in HEAD_OF_OUTPUT.items()
+                if head in member.config.heads and f"member_{output}" in outputs
+            }
+            wanted = {TARGET_OF_HEAD[head] for head in member.config.heads}
+            asked = {key: value for key, value in targets.items() if key in wanted or key == CONSENSUS}
+            said: Any = (own, asked)
+            figures = trainer.report(EvalPrediction(*said))
+            found.append(Evaluated(name, own, figures, _natural(member, own["logits"])))
+    natural = _natural(model, outputs.get("member_logits", outputs["logits"]))
+    own = {name: value for name, value in outputs.items() if not name.startswith("member_")}
+    return [*found, Evaluated(names[-1], own, without_prefix(prediction.metrics), natural)], targets
+
+
+def _natural(model: Any, logits: np.ndarray) -> np.ndarray | None:
+    try:
+        return model.probabilities(torch.from_numpy(logits), "natural").numpy()
+    except ValueError:  # its training weights are not known
+        return None
 
 
 def _write_predictions(

@@ -174,7 +174,9 @@ class SailerTrainer(Trainer):
         losses = {name: value.item() for name, value in self.objective(*tensors).items()}
         report = {"loss": losses.pop("loss")} | {f"loss_{name}": value for name, value in losses.items()}
         heads = {
-            name: value for name, value in (outputs | targets).items() if name not in ("logits", "labels", CONSENSUS)
+            name: value
+            for name, value in (outputs | targets).items()
+            if name not in ("logits", "labels", CONSENSUS) and not name.startswith("member_")  # those of an ensemble
         }
         if "logits" in outputs:
             return report | emotion_report(
