@@ -194,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help=".csv or .jsonl")
     added.add_argument("--format", choices=("csv", "jsonl"), help="where the output's name does not say it")
     added.add_argument("--timeline", action="store_true", help="a row per window, and a PNG of the emotions over time")
+    added.add_argument("--submission", choices=("categorical", "attributes"), help="write the challenge's file too")
+    added.add_argument("--file_list", type=Path, metavar="FILE", help="judge just these: a CSV with a column FileName")
     added.add_argument("--embeddings", type=Path, metavar="FILE", help="save the embeddings too")
     added.add_argument(
         "--min_confidence", type=float, default=0.0, metavar="P", help="mark clips below it as undecided"

@@ -21,6 +21,7 @@ from sailer.atomic import replacing
 from sailer.audio_sailer import URL_PREFIXES
 from sailer.ensemble_sailer import load_system
 from sailer.inference.outputs import EmbeddingFile, PredictionError, RowFile, columns_of, row_of, written_name
+from sailer.inference.submission import choose_recordings, submit
 from sailer.inference.timeline import picture_name, plot_timeline
 from sailer.pipeline_sailer import SpeechEmotionPipeline
 from sailer.windows_sailer import Clip
@@ -80,10 +81,17 @@ def main(command: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(PredictionSettings)]
     settings = PredictionSettings(**{name: given[name] for name in names if name in given})
     options = inspect.signature(predict).parameters
+    if command.submission == "categorical" and settings.min_confidence > 0:
+        raise PredictionError("A submission decides on every file: leave --min_confidence out.")
+    if command.file_list is not None:
+        given["paths"] = choose_recordings(find_recordings(command.paths), command.file_list)
     failed = predict(settings, **{name: given[name] for name in options if name in given})
     if failed:
         print(f"{failed} recordings could not be used; the column 'error' says why.")
-    print(f"Result: {written_name(str(command.output))}")
+    result = command.output
+    if command.submission is not None:
+        result = submit(command.submission, result, find_recordings(given["paths"]), command.file_list)
+    print(f"Result: {written_name(str(result))}")
     return int(failed > 0)
 
 
