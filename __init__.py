@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from sailer.configuration_sailer import SailerConfig
     from sailer.ensemble_sailer import SailerEnsemble
+    from sailer.inference.loading import load
     from sailer.modeling_sailer import SailerForAudioClassification, SailerModel
     from sailer.pipeline_sailer import SpeechEmotionPipeline
     from sailer.processing_sailer import SailerProcessor
@@ -23,6 +24,7 @@ _PUBLIC = {
     "SpeechEmotionPipeline": "pipeline_sailer",
     "SailerTrainer": "training.trainer",
     "SailerTrainingArguments": "training.arguments",
+    "load": "inference.loading",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "SailerTrainingArguments",
     "SpeechEmotionPipeline",
     "__version__",
+    "load",
 ]
 
 

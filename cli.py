@@ -206,6 +206,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--num_workers", type=int, default=2, metavar="N", help="threads that decode ahead")
     added.add_argument("--chunk_length_s", type=float, metavar="S", help="window over long audio; 0 for none")
     added.add_argument("--stride_length_s", type=float, metavar="S", help="what a window shares with each neighbour")
+    added.add_argument(
+        "--backend", choices=("torch", "onnx", "openvino"), default="torch", help="the runtime; see docs/use.md"
+    )
+    added.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or int8, as far as the backend has it")
     added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
     added.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ...; as saved by default")
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sailer.atomic import replacing
 from sailer.audio_sailer import URL_PREFIXES
-from sailer.ensemble_sailer import load_system
+from sailer.inference.loading import check_precision, load
 from sailer.inference.outputs import EmbeddingFile, PredictionError, RowFile, columns_of, row_of, written_name
 from sailer.inference.submission import choose_recordings, submit
 from sailer.inference.timeline import picture_name, plot_timeline
@@ -46,6 +46,7 @@ class PredictionSettings:
 
     Args:
         model: folder or Hub id of a SAILER system.
+        backend, precision: the runtime and what it computes in, see `sailer.load`.
         prior: "balanced" or "natural" scores.
         min_confidence: decisions whose score is below are marked "undecided".
         chunk_length_s, stride_length_s: windows over long audio, as in the pipeline.
@@ -65,6 +66,8 @@ class PredictionSettings:
     transcriber: str | None = None
     timeline: bool = False
     embeddings: str | None = None
+    backend: str = "torch"
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_confidence <= 1:
@@ -123,7 +126,7 @@ def predict(
         format: "csv" or "jsonl"; by default what the output's suffix says.
         batch_size: windows that the model sees at once.
         num_workers: threads that decode ahead of the model.
-        device, dtype: of the model, as in transformers.
+        device, dtype: of the model in torch, as in transformers.
 
     Returns:
         Number of these recordings that could not be used, in this run or an earlier one.
@@ -132,7 +135,9 @@ def predict(
         FileNotFoundError: a path that is nowhere, or has no audio.
         PredictionError: an unknown format, device or precision, an output or embedding file that is not ours (it stays
             as it is) or was begun with other settings, or a system that fails on silence.
+        ImportError: the backend is not installed.
     """
+    settings = dataclasses.replace(settings, precision=check_precision(settings.backend, settings.precision))
     output = Path(output)
     format = format or FORMATS.get(output.suffix)
     if format is None or format not in FORMATS.values():
@@ -217,23 +222,31 @@ def load_classifier(
 
     Raises:
         PredictionError: an unknown device or precision, or a system that needs transcripts without a transcriber.
+        ValueError, ImportError: see `sailer.load`.
     """
     _check_hardware(device, dtype)
-    model, processor = load_system(settings.model, dtype=dtype)
-    if processor.tokenizer is not None and settings.transcriber is None and model.config.text_dropout <= 0:
-        raise PredictionError(
-            f"{settings.model} was trained on speech and its transcript together: name a speech-recognition model "
-            "with --transcriber."
-        )
+    if dtype != "auto" and settings.precision not in (None, dtype):
+        raise PredictionError(f"dtype is {dtype} and precision {settings.precision}: give one of them.")
     options = {name: getattr(settings, name) for name in ("chunk_length_s", "stride_length_s", "transcriber", "prior")}
-    return SpeechEmotionPipeline(
-        model=model,
-        processor=processor,
+    if settings.backend != "torch" and dtype != "auto":
+        raise PredictionError(f"dtype is torch's; for the backend {settings.backend!r} give precision.")
+    precision = settings.precision or (dtype if settings.backend == "torch" else None)
+    classifier = load(
+        settings.model,
+        settings.backend,
+        precision,
         device=device,
         batch_size=batch_size,
         num_workers=num_workers,
         **{name: value for name, value in options.items() if value is not None},
     )
+    text_dropout = classifier.model.config.text_dropout
+    if classifier.processor.tokenizer is not None and settings.transcriber is None and text_dropout <= 0:
+        raise PredictionError(
+            f"{settings.model} was trained on speech and its transcript together: name a speech-recognition model "
+            "with --transcriber."
+        )
+    return classifier
 
 
 def _audio_below(folder: str) -> list[str]:
@@ -319,8 +332,10 @@ def _check_settings(settings: PredictionSettings, output: Path) -> None:
             f"{path} is not what a run left ({error}): choose another --output, or delete that file."
         ) from error
     if output.is_file():
+        # A run of an earlier release tells nothing of options that came since, which were as by default.
+        theirs = _as_json(PredictionSettings(theirs["model"])) | theirs
         ours = _as_json(settings)
-        changed = [f"{name} was {theirs.get(name)!r}" for name, value in ours.items() if theirs.get(name) != value]
+        changed = [f"{name} was {theirs[name]!r}" for name, value in ours.items() if theirs[name] != value]
         if changed:
             raise PredictionError(
                 f"{output} was begun with other settings ({'; '.join(changed)}): choose another --output, or delete "

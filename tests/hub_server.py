@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         for wanted, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, urlsplit(self.path).path)
             if wanted == method and match:
-                names = {name: unquote(value) for name, value in match.groupdict().items()}
+                names = {name: unquote(value) for name, value in match.groupdict().items() if value}
                 if method == "GET" and names["model"] not in self.server.files:
                     return self._send(HTTPStatus.NOT_FOUND, {}, {"X-Error-Code": "RepoNotFound"})
                 return answer(self, body, **names)
