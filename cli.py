@@ -103,6 +103,11 @@ def convert(command: argparse.Namespace) -> Path:
     )
 
 
+def export(command: argparse.Namespace) -> Path:
+    """Export a system as one ONNX file, which runs without torch."""
+    return _from("inference.export", "export")(command.model, command.folder, precision=command.precision)
+
+
 def data(command: argparse.Namespace) -> Path | None:
     """Print a corpus's statistics; with an output folder, save its rows there too."""
     from sailer.data import load_corpus
@@ -223,6 +228,12 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="whether the weights hold their LoRA factors",
     )
+
+    added = add(export, "export MODEL FOLDER [--format onnx] [--precision float32|int8]")
+    added.add_argument("model", metavar="MODEL", help="folder or Hub id of a trained system")
+    added.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write")
+    added.add_argument("--format", choices=("onnx",), default="onnx", help="which OpenVINO reads too")
+    added.add_argument("--precision", choices=("float32", "int8"), default="float32", help="of the weights")
 
     added = add(data, "data NAME [DIR] [--output_dir DIR] [--option value ...]", _corpus_help)
     added.add_argument("name", metavar="NAME", help="the corpus")

@@ -81,19 +81,25 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
         states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
         states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)
         own = None if attention_mask is None else whisper_positions(attention_mask)
-        longest = states.shape[1] if own is None else int(own.sum(1).max())
-        if longest > self.max_source_positions:
+        is_exporting = torch.compiler.is_exporting()  # a graph cannot depend on what the mask holds
+        longest = states.shape[1] if own is None or is_exporting else int(own.sum(1).max())
+        if not is_exporting and longest > self.max_source_positions:
             raise ValueError(
                 f"A clip takes {longest} encoder positions and this encoder has {self.max_source_positions} "
                 f"({self.max_source_positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
             )
-        length = min(states.shape[1], self.max_source_positions) if attend_to_padding else longest
+        length = longest
+        if attend_to_padding and not is_exporting:
+            length = min(states.shape[1], self.max_source_positions)
         # As a call, so that an offloaded table is there when it is read.
         states = states[:, :length] + self.embed_positions(torch.arange(length, device=states.device))
         states = nn.functional.dropout(states, p=self.dropout, training=self.training)
-        mask = None
+        mask: Any = None
         if own is not None and not attend_to_padding:
-            mask = create_bidirectional_mask(self.config, states, own[:, :length])
+            if is_exporting:
+                mask = torch.where(own, 0.0, torch.finfo(states.dtype).min).to(states.dtype)[:, None, None]
+            else:
+                mask = create_bidirectional_mask(self.config, states, own[:, :length])
 
         collected = []
         for layer in self.layers:

@@ -257,7 +257,12 @@ class SailerModel(SailerPreTrainedModel):
             states, mask = pool_frames(states, mask, self.config.frame_pooling)
         if self.config.frame_norm:  # of the clips' own frames alone
             own = mask.bool()
-            states = states.masked_scatter(own.unsqueeze(-1), self.audio_frame_norm(states[own]).to(states.dtype))
+            if self.audio_frame_norm.training:
+                normalized = self.audio_frame_norm(states[own]).to(states.dtype)
+                states = states.masked_scatter(own.unsqueeze(-1), normalized)
+            else:  # each frame by itself, so that no shape depends on what the mask holds
+                normalized = self.audio_frame_norm(states.transpose(1, 2)).transpose(1, 2)
+                states = torch.where(own.unsqueeze(-1), normalized.to(states.dtype), states)
         projected = self.audio_projection(states.transpose(1, 2)).transpose(1, 2)
         embeddings = masked_mean(projected, mask)
 
@@ -303,8 +308,8 @@ class SailerModel(SailerPreTrainedModel):
         assert self.text_encoder is not None, "a speech-only system has no text tower"
         if text_attention_mask is None:
             text_attention_mask = torch.ones_like(input_ids)
-        visible = text_attention_mask.clone()
-        visible[text_attention_mask.sum(1) == 0] = 1  # attention over nothing would be NaN
+        is_empty = text_attention_mask.sum(1, keepdim=True) == 0
+        visible = torch.where(is_empty, 1, text_attention_mask)  # attention over nothing would be NaN
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text),
             onednn_linear(self.config.onednn_linear, self.text_encoder),

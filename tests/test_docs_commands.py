@@ -42,6 +42,7 @@ SCRIPTS = {
         },
         "synthetic": json.dumps({"train_clips": 24, "validation_clips": 12, "test_clips_per_class": 1, "speakers": 6}),
     },
+    "docs/run_onnx.py": {},
     "examples/fine_tune_with_trainer.py": {"epochs": "1"},
 }
 

@@ -60,11 +60,14 @@ class OpenVINOModel(ExportedModel):
                 model = self._compressed(core, model, Path(compressed or self.folder.with_name("openvino_int8")))
             self._compiled = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
+            version = runtime.__version__.split("-")[0]
             raise BackendError(
-                f"OpenVINO {runtime.__version__.split('-')[0]} cannot run {self.path}: {reason(error)} Take another backend, a "
-                "newer openvino, or export the system once more."
+                f"OpenVINO {version} cannot run {self.path}: {reason(error)} Take another backend, a newer openvino, "
+                "or export the system once more."
             ) from error
-        self._names = [next(iter(output.names)) for output in self._compiled.outputs]
+        # An output may have several names, of which ours is one.
+        ours = self.manifest["outputs"]
+        self._names = [next(name for name in ours if name in output.names) for output in self._compiled.outputs]
         self.shapes = {
             entry.any_name: tuple(None if size.is_dynamic else size.get_length() for size in entry.get_partial_shape())
             for entry in self._compiled.inputs
