@@ -39,7 +39,7 @@ SUITES = ("test", "slow", "demo")
 ROOMS = ("data", "hub", "inference", "training")
 WANTED = re.compile(
     rf"""sailer/({"|".join(sorted(ROOT_MODULES))})\.py
-    | sailer/(data/(corpora/|synthetic/)?|hub/|inference/|training/)\w+\.py
+    | sailer/(data/(corpora/|synthetic/)?|hub/|inference/(backends/)?|training/)\w+\.py
     | sailer/py\.typed
     | sailer/recipes/\w+\.yaml
     | sailer/backbone_configs/[\w-]+\.json
