@@ -19,9 +19,9 @@ class LayerWeights(nn.Module):
         self.weight = nn.Parameter(torch.zeros(layers))
         self.normalize = normalize
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(batch, layers, ..., width) -> (batch, ..., width)."""
-        if self.normalize:
+    def forward(self, states: torch.Tensor, is_normalized: bool = False) -> torch.Tensor:
+        """(batch, layers, ..., width) -> (batch, ..., width); states may be normalised already."""
+        if self.normalize and not is_normalized:
             states = nn.functional.layer_norm(states, states.shape[-1:])
         weights = self.weight.softmax(0)
         return torch.einsum("l,bl...->b...", weights.to(states.dtype), states)
@@ -34,6 +34,26 @@ def pool_frames(states: torch.Tensor, mask: torch.Tensor, frames: int) -> tuple[
     own = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, frames))
     states = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, frames))
     return masked_mean(states, own), own.sum(-1)
+
+
+def pool_states(states: torch.Tensor, frames: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states as a model's `pooled_hidden_states`, from which it makes the same as from all frames: layers are
+    normalised and frames pooled before the layers' weighted sum, which is linear.
+
+    Args:
+        states: (batch, [layers,] frames, width) of clips of one length.
+        frames: as in `pool_frames`.
+        normalize: each layer, as `LayerWeights` does.
+
+    Returns:
+        means of each `frames` frames (batch, [layers,] groups, width), and how many frames each group holds (batch,
+        groups).
+    """
+    if normalize:
+        states = nn.functional.layer_norm(states, states.shape[-1:])
+    rows = states.flatten(0, -3)
+    pooled, counts = pool_frames(rows, torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device), frames)
+    return pooled.unflatten(0, states.shape[:-2]), counts[: len(states)]
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -141,4 +161,5 @@ __all__ = [
     "masked_mean",
     "plain_loss",
     "pool_frames",
+    "pool_states",
 ]

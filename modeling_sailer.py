@@ -210,6 +210,7 @@ class SailerModel(SailerPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         text_attention_mask: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
+        pooled_hidden_states: torch.Tensor | None = None,
         text_hidden_states: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
     ) -> SailerModelOutput:
@@ -222,6 +223,8 @@ class SailerModel(SailerPreTrainedModel):
                 is zero.
             audio_hidden_states: the audio tower's output instead of its input, (batch, frames, width), or (batch,
                 layers, frames, width) where layers are weighted; `attention_mask` is then over these frames.
+            pooled_hidden_states: what `pool_states` makes of them, (batch, [layers,] groups, width); `attention_mask`
+                is then how many of a clip's frames each group holds.
             text_hidden_states: (batch, layers, width), means over each transcript's tokens, instead of input_ids.
             output_hidden_states: also return the speech encoder's hidden states; the configuration's by default.
             return_dict: False returns a tuple.
@@ -233,7 +236,8 @@ class SailerModel(SailerPreTrainedModel):
         """
         weighted = self.config.audio_layers != "last"
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states, mask = audio_hidden_states, attention_mask
+        is_pooled = pooled_hidden_states is not None
+        states, mask = pooled_hidden_states if is_pooled else audio_hidden_states, attention_mask
         if states is None:
             audio = input_features if self.main_input_name == "input_features" else input_values
             if audio is None:
@@ -242,18 +246,18 @@ class SailerModel(SailerPreTrainedModel):
             layers = states
             if collect and not weighted:  # in a second pass: an adapter's output is not among the layers
                 layers, _ = self.audio_hidden_states(audio, attention_mask, all_layers=True)
-        elif collect and not weighted:
-            raise ValueError("output_hidden_states needs the audio: audio_hidden_states holds the last layer alone.")
+        elif collect and (is_pooled or not weighted):
+            raise ValueError("output_hidden_states needs the audio: what is passed holds no layer's frames.")
         else:
             layers = states
         hidden_states = layers.unbind(1) if collect else None
         dtype = next(self.audio_projection.parameters()).dtype
         states = states.to(dtype)
         if weighted:
-            states = self.audio_layer_weights(states)
+            states = self.audio_layer_weights(states, is_normalized=is_pooled)
         if mask is None:
             mask = states.new_ones(states.shape[:2], dtype=torch.long)
-        if self.config.frame_pooling > 1:
+        if self.config.frame_pooling > 1 and not is_pooled:
             states, mask = pool_frames(states, mask, self.config.frame_pooling)
         if self.config.frame_norm:  # of the clips' own frames alone
             own = mask.bool()
@@ -368,6 +372,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         text_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         audio_hidden_states: torch.Tensor | None = None,
+        pooled_hidden_states: torch.Tensor | None = None,
         text_hidden_states: torch.Tensor | None = None,
         mixup_permutation: torch.Tensor | None = None,
         mixup_lambda: torch.Tensor | None = None,
@@ -378,7 +383,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         """
         Args:
             input_features, input_values, attention_mask, input_ids, text_attention_mask, audio_hidden_states,
-                text_hidden_states: see `SailerModel.forward`.
+                pooled_hidden_states, text_hidden_states: see `SailerModel.forward`.
             labels: (batch, labels) float distributions of primary votes, a row with NaN is unknown; or (batch,) class
                 ids, -100 is unknown.
             mixup_permutation, mixup_lambda: (batch,) each: the embedding of clip i becomes lambda_i * e_i +
@@ -409,6 +414,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             input_ids=input_ids,
             text_attention_mask=text_attention_mask,
             audio_hidden_states=audio_hidden_states,
+            pooled_hidden_states=pooled_hidden_states,
             text_hidden_states=text_hidden_states,
             output_hidden_states=output_hidden_states,
             return_dict=True,

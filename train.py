@@ -41,6 +41,7 @@ from sailer.training.evaluation import (
 from sailer.training.features import FeatureStore
 from sailer.training.losses import SailerObjective, label_prior, label_weights
 from sailer.training.plots import plot_training
+from sailer.training.shelf import Team
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +249,7 @@ def fit(
         max_seconds=settings.model.max_seconds,
         hard_targets=settings.objective.objective == "ce",
         features=features,
+        log_mel=settings.training.device.type == "cpu",
     )
     args = settings.training
     trainer = SailerTrainer(
@@ -279,19 +281,23 @@ def cache_features(
     if data.cache_features == "disk":
         folder = Path(data.feature_cache_dir or output_dir / "features")
     collator = SailerCollator(
-        system.processor, system.label_set, system.model.config.heads, max_seconds=settings.model.max_seconds
+        system.processor,
+        system.label_set,
+        system.model.config.heads,
+        max_seconds=settings.model.max_seconds,
+        log_mel=settings.training.device.type == "cpu",
     )
     model: torch.nn.Module = system.model  # whose own `to` says nothing of devices
     model.to(settings.training.device).eval()
-    with settings.training.main_process_first(local=False, desc="keeping features"):
-        return FeatureStore.build(
-            system.model,
-            collator,
-            datasets,
-            folder=folder,
-            dtype=data.feature_dtype,
-            num_workers=settings.training.dataloader_num_workers or 0,
-        )
+    return FeatureStore.build(
+        system.model,
+        collator,
+        datasets,
+        folder=folder,
+        dtype=data.feature_dtype,
+        num_workers=settings.training.dataloader_num_workers or 0,
+        team=Team.of_this_run(per_machine=folder is None),
+    )
 
 
 def shuffle_labels(rows: Dataset, seed: int) -> Dataset:

@@ -44,6 +44,8 @@ class SailerCollator:
         max_seconds: longest clip; of a longer one the beginning is used, of a longer mix each clip's share.
         hard_targets: one-hot consensus labels as `labels` (NaN without consensus), for the objective "ce".
         features: hidden states of frozen towers, which then replace those towers' inputs.
+        log_mel: make log-mel features where the model takes such; False leaves `waveforms` in the batch, of which
+            `SailerProcessor.log_mel` makes them on another device (SailerTrainer does).
 
     Raises:
         ValueError: an unknown head.
@@ -56,6 +58,7 @@ class SailerCollator:
     max_seconds: float = 15.0
     hard_targets: bool = False
     features: KeptStates | None = None
+    log_mel: bool = True
 
     def __post_init__(self) -> None:
         unknown = [head for head in self.heads if head not in HEADS]
@@ -85,10 +88,13 @@ class SailerCollator:
         if self.features is not None:
             cached = self.features.inputs([rendering_key(item) for item in items], transcripts)
         uses_tokens = self.processor.tokenizer is not None and "text_hidden_states" not in cached
-        if "audio_hidden_states" in cached:
+        if {"audio_hidden_states", "pooled_hidden_states"} & set(cached):
             return cached | (self.processor.tokenize(transcripts, len(transcripts)) if uses_tokens else {})
         rate = self.processor.sampling_rate
         waveforms = [render(item, rate, self.max_seconds) for item in items]
+        if not self.log_mel and self.processor.makes_log_mel:
+            tokens = self.processor.tokenize(transcripts, len(transcripts)) if uses_tokens else {}
+            return self.processor.waveforms(waveforms, sampling_rate=rate) | tokens | cached
         inputs = self.processor(audio=waveforms, text=transcripts if uses_tokens else None, sampling_rate=rate)
         return {name: value for name, value in inputs.items() if uses_tokens or name not in TEXT_INPUTS} | cached
 

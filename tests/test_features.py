@@ -8,14 +8,15 @@ import psutil
 import pytest
 import soundfile
 import torch
-from transformers import AutoFeatureExtractor
+from transformers import AutoFeatureExtractor, WhisperConfig, WhisperFeatureExtractor
 
-from sailer import SailerForAudioClassification, SailerProcessor
+from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
 from sailer.data.augmentation import AugmentationSettings
 from sailer.data.collator import SailerCollator
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError, LabelSet, build_dataset
 from sailer.training import features as features_module
+from sailer.training import shelf as shelf_module
 from sailer.training.features import FeatureStore
 
 from .sounds import noise
@@ -212,6 +213,108 @@ def test_a_folder_is_not_filled_twice(tiny_sailer, system, corpus, tmp_path, mon
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("change", ["weight", "layer", "pooling"])
+def test_a_store_of_another_system_is_never_used(tiny_sailer, system, corpus, tmp_path, monkeypatch, change):
+    """One weight of a million is another backbone."""
+    model, processor = system
+    FeatureStore.build(model, collator(processor), [corpus[1]], folder=tmp_path)
+    config = {"weight": {}, "layer": {"audio_layers": "weighted"}, "pooling": {"frame_pooling": 4}}[change]
+    other = SailerForAudioClassification.from_pretrained(tiny_sailer, **config, output_loading_info=True)[0]
+    if change == "weight":
+        with torch.no_grad():
+            other.sailer.audio_encoder.layers[1].fc1.weight[3, 5] += 1e-3
+    seen = count_calls(monkeypatch, other)
+    store = FeatureStore.build(other, collator(processor), [corpus[1]], folder=tmp_path)
+    assert seen == {"audio": 5, "text": 0}
+    monkeypatch.undo()
+    assert_same_outputs(other, processor, store, list(corpus[1]))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_a_damaged_shard_is_made_again(system, corpus, tmp_path, monkeypatch, caplog, damage):
+    model, processor = system
+    monkeypatch.setattr(shelf_module, "SHARD_BYTES", 1)
+    build = {"folder": tmp_path, "batch_size": 4}
+    FeatureStore.build(model, collator(processor), [corpus[0]], **build)
+    shards = sorted(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(shards[-1].read_bytes())
+    content[-5] ^= 1
+    shards[-1].write_bytes({"flipped": content, "truncated": content[:-100], "emptied": b""}[damage])
+    seen = count_calls(monkeypatch, model)
+    store = FeatureStore.build(model, collator(processor), [corpus[0]], **build)
+    assert seen == {"audio": 4, "text": 0}
+    assert f"{shards[-1].name} is damaged" in caplog.text
+    monkeypatch.undo()
+    assert_same_outputs(model, processor, store, list(corpus[0]))
+
+
+@pytest.mark.parametrize("layers", ["last", "weighted", "weighted_norm"])
+def test_pooled_states_give_the_same_and_are_smaller(tiny_whisper, corpus, system, tmp_path, layers):
+    torch.manual_seed(1)
+    made = {
+        pooling: SailerForAudioClassification.from_audio_text_pretrained(
+            tiny_whisper, audio_layers=layers, frame_pooling=pooling, frame_norm=True, heads=["primary"]
+        )
+        for pooling in (1, 8)
+    }
+    if layers != "last":
+        made[8].sailer.audio_layer_weights.weight.data.copy_(torch.tensor([0.5, -1.0, 2.0]))
+    processor = SailerProcessor(system[1].feature_extractor)
+    stores = {
+        pooling: FeatureStore.build(model, collator(processor), [corpus[0]], folder=tmp_path / str(pooling))
+        for pooling, model in made.items()
+    }
+    assert_same_outputs(made[8], processor, stores[8], list(corpus[0]))
+    batch = collator(processor, stores[8], ["primary"])(list(corpus[0]))
+    own = collator(processor, heads=["primary"])(list(corpus[0]))["attention_mask"][:, ::2].sum(1)
+    assert batch["attention_mask"].sum(1).tolist() == own.tolist() and (own % 8 != 0).any()
+    size = {
+        pooling: sum(path.stat().st_size for path in (tmp_path / str(pooling)).glob("*.safetensors"))
+        for pooling in made
+    }
+    assert size[8] < size[1] / 4
+    with pytest.raises(ValueError, match="output_hidden_states needs the audio"):
+        made[8](
+            **{name: batch[name] for name in ("pooled_hidden_states", "attention_mask")}, output_hidden_states=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("layers", "pooling", "size"), [("last", 1, 62e9), ("weighted", 1, 2.06e12), ("weighted", 64, 2.06e12 / 58)]
+)
+def test_the_size_at_the_corpus_size_is_told_beforehand(layers, pooling, size):
+    """Whisper large-v3 over 84,260 clips of 5.8 s, one plan of them, in float16."""
+    encoder = WhisperConfig(
+        d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128
+    )
+    with torch.device("meta"):
+        model = SailerForAudioClassification(
+            SailerConfig(audio_config=encoder, audio_layers=layers, frame_pooling=pooling)
+        )
+    processor = SailerProcessor(WhisperFeatureExtractor(feature_size=128))
+    needed = features_module.kept_bytes(model, processor, np.full(84_260, 5.8), torch.float16)
+    assert needed == pytest.approx(size, rel=0.02)
+
+
+def test_two_terabytes_are_refused_with_a_way_out(tiny_whisper, system, corpus, monkeypatch):
+    model = SailerForAudioClassification.from_audio_text_pretrained(tiny_whisper, audio_layers="weighted")
+    monkeypatch.setattr(features_module, "kept_bytes", lambda *arguments: 2.06e12)
+    with pytest.raises(ValueError, match=r"take about 2.06 TB in memory.*audio_layers: last.*frame_pooling: 64.*off"):
+        FeatureStore.build(model, collator(SailerProcessor(system[1].feature_extractor)), [corpus[1]])
+
+
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_the_size_of_a_waveform_encoders_states(tmp_path, corpus, norm, system):
+    from sailer.training.tiny_backbones import make_tiny_wavlm
+
+    backbone = make_tiny_wavlm(tmp_path / "wavlm", norm=norm)
+    model = SailerForAudioClassification.from_audio_text_pretrained(backbone, audio_layers="weighted").eval()
+    processor = SailerProcessor(AutoFeatureExtractor.from_pretrained(backbone))
+    store = FeatureStore.build(model, collator(processor), [corpus[1]])
+    states = sum(store._shelf[name].nbytes for name in store._audio.values())
+    assert features_module.kept_bytes(model, processor, corpus[1]["duration"], torch.float32) == states
+
+
 def test_a_changed_file_is_computed_again(system, tmp_path, monkeypatch):
     model, processor = system
     rows = clips(tmp_path, 2, "clip", 3)
@@ -224,7 +327,7 @@ def test_a_changed_file_is_computed_again(system, tmp_path, monkeypatch):
 
 def test_an_interrupted_pass_keeps_finished_shards(system, corpus, tmp_path, monkeypatch):
     model, processor = system
-    monkeypatch.setattr(features_module, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shelf_module, "SHARD_BYTES", 1)
     method, calls = model.sailer.audio_hidden_states, []
 
     def failing(*inputs):
@@ -296,7 +399,7 @@ def test_too_little_memory(system, corpus, monkeypatch):
         available = 1000
 
     monkeypatch.setattr(psutil, "virtual_memory", Full)
-    with pytest.raises(ValueError, match=r"Features of 5 clips and mixes take about .* in memory .*1 kB are free"):
+    with pytest.raises(ValueError, match=r"5 clips and mixes and 3 transcripts take about .* in memory .*1 kB are"):
         FeatureStore.build(system[0], collator(system[1]), [corpus[1]])
 
 

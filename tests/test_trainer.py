@@ -174,6 +174,27 @@ def test_evaluation_batches_are_of_like_length_and_the_order_is_kept(tmp_path, t
         np.testing.assert_allclose(values, one_by_one.predictions[name], rtol=1e-5, atol=1e-5)
 
 
+def test_log_mel_may_be_made_by_the_trainer(tmp_path, tiny_sailer, rows) -> None:
+    """From the waveforms of the batch, where the model is; training and evaluation are as from the collator's."""
+    logs = {}
+    for log_mel in (True, False):
+        run = trainer(tmp_path, tiny_sailer, rows)
+        run.data_collator.log_mel = log_mel
+        assert ("waveforms" in next(iter(run.get_train_dataloader()))) is not log_mel
+        run.train()
+        timed = ("runtime", "per_second")
+        logs[log_mel] = {
+            key: value
+            for entry in run.state.log_history[:2]
+            for key, value in entry.items()
+            if not key.endswith(timed)
+        }
+    assert logs[False] == pytest.approx(logs[True], rel=1e-4, abs=1e-5)
+    run.processor = None
+    with pytest.raises(ValueError, match="pass the processor as processing_class"):
+        run.evaluate()
+
+
 def test_training_in_batches_of_like_length(tmp_path, tiny_sailer, rows) -> None:
     """In every epoch, also one that is gone on with, and the same whether batches are accumulated."""
 

@@ -6,37 +6,38 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
-import uuid
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import psutil
+import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
-from sailer.atomic import replacing
 from sailer.data.collator import TEXT_INPUTS, SailerCollator
 from sailer.data.rendering import Item, RenderingKey, rendering_key, transcript_of
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError
-from sailer.encoders_sailer import masks_padding
+from sailer.encoders_sailer import masks_padding, speech_width
+from sailer.layers_sailer import pool_states
+from sailer.training.shelf import Shelf, Team, readable
 
 if TYPE_CHECKING:
     from sailer.modeling_sailer import SailerForAudioClassification
+    from sailer.processing_sailer import SailerProcessor
 
 Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
 
-# A pass that is cut short loses at most this much: finished shards are found again.
-SHARD_BYTES = 2**30
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of encoders that do not say how many frames they make of a clip: as many as any of them do.
+FRAMES_PER_SECOND = 50
+# Beside a clip's pooled states: how many frames the last group holds.
+LAST_GROUP = ".last"
 
 
 class FeatureStore:
@@ -48,13 +49,15 @@ class FeatureStore:
 
     def __init__(
         self,
-        shelf: _Shelf,
+        shelf: Shelf,
         audio: dict[RenderingKey, str] | None,
         text: dict[str, str] | None,
         no_transcript: torch.Tensor | None,
+        pooled: int = 1,
     ) -> None:
         # Names on the shelf, by rendering and by transcript; None for a tower whose states are not kept.
         self._shelf, self._audio, self._text, self._no_transcript = shelf, audio, text, no_transcript
+        self._pooled = pooled
 
     @classmethod
     def build(
@@ -67,23 +70,31 @@ class FeatureStore:
         dtype: str = "float32",
         batch_size: int = 16,
         num_workers: int = 0,
+        team: Team | None = None,
     ) -> FeatureStore:
         """Run the frozen towers over everything that the datasets will ever yield, the longest first.
+
+        With `frame_pooling` in the model's configuration the pooled states are kept, so many times fewer.
 
         Args:
             model: its frozen towers' states are kept, on the device where it is.
             collator: decodes and mixes the clips, as it will in training.
             datasets: training, validation and test clips, with their audio.
             folder: where the states are kept, as safetensors; in memory by default. What a folder already holds of the
-                same clips from the same weights is not computed again, by another run or process neither.
+                same clips from the same weights is not computed again, by another run neither; a file whose checksum
+                is not that of its content is.
             dtype: "float32", "float16" or "bfloat16".
             batch_size: clips per forward pass.
             num_workers: processes that decode and mix.
+            team: processes that call this together, each with the same arguments: each encodes its share, and all have
+                all of it in the end, once on disk or once in a machine's memory.
 
         Raises:
             ValueError: no tower is frozen; mixes are new every epoch (see `PlannedDataset.renderings`); an unknown
-                dtype; or less room than is needed. The message says what to change.
+                dtype; or less room than is needed, which is known before anything is encoded. The message says what
+                to change.
             CorpusError: two clips of the same id, or a clip that cannot be read.
+            RuntimeError: another process of the team failed or died.
         """
         config = model.config
         text_config = config.text_config if config.freeze_text else None
@@ -91,26 +102,32 @@ class FeatureStore:
             raise ValueError("No tower is frozen, so no features can be kept: set cache_features to off.")
         if dtype not in DTYPES:
             raise ValueError(f"feature_dtype is {dtype!r}; choose one of {list(DTYPES)}.")
-        shelf = _Shelf(None if folder is None else Path(folder), DTYPES[dtype])
-        places, contents, transcripts = _renderings(datasets, collator.max_seconds)
-        audio = text = no_transcript = None
-        if config.freeze_audio:
-            mark = _audio_mark(model, collator)
-            audio = {key: _digest(mark, dtype, content) for key, content in contents.items()}
-            missing = {name: places[key] for key, name in audio.items() if name not in shelf}
-            batches = _audio_batches(model, collator, missing, shelf.dtype, batch_size, num_workers)
-            shelf.add(
-                batches, sum(place.seconds for place in missing.values()), what=f"{len(missing)} clips and mixes"
-            )
-        if text_config is not None:
-            mark = _text_mark(model, collator)
-            text = {transcript: _digest(mark, dtype, transcript) for transcript in transcripts}
-            untold = {name: transcript for transcript, name in text.items() if name not in shelf}
-            batches = _text_batches(model, collator, untold, shelf.dtype, batch_size)
-            shelf.add(batches, len(untold), what=f"{len(untold)} transcripts")
-            width = (text_config.num_hidden_layers + 1, text_config.hidden_size)
-            no_transcript = torch.zeros(width, dtype=shelf.dtype)
-        return cls(shelf, audio, text, no_transcript)
+        team = team or Team()
+        shelf = Shelf(None if folder is None else Path(folder), DTYPES[dtype], team)
+        audio: dict[RenderingKey, str] | None = None
+        text: dict[str, str] | None = None
+        no_transcript = None
+        with shelf.filling():
+            places, contents, transcripts = _renderings(datasets, collator.max_seconds)
+            if config.freeze_audio:
+                mark = _audio_mark(model, collator)
+                audio = {key: _digest(mark, dtype, content) for key, content in contents.items()}
+                sounds = {name: places[key] for key, name in audio.items()}
+            if text_config is not None:
+                mark = _text_mark(model, collator)
+                text = {transcript: _digest(mark, dtype, transcript) for transcript in transcripts}
+                width = (text_config.num_hidden_layers + 1, text_config.hidden_size)
+                no_transcript = torch.zeros(width, dtype=shelf.dtype)
+            missing = [place.seconds for name, place in sounds.items() if name not in shelf] if audio else []
+            untold = [name for name in text.values() if name not in shelf] if text else []
+            _check_room(shelf, model, collator, missing, len(untold))
+            if audio is not None:
+                own = _share(sounds, lambda place: -place.seconds, shelf)
+                shelf.add(_audio_batches(model, collator, own, shelf.dtype, batch_size, num_workers))
+            if text is not None:
+                words = _share({name: words for words, name in text.items()}, lambda words: -len(words), shelf)
+                shelf.add(_text_batches(model, collator, words, shelf.dtype, batch_size))
+        return cls(shelf, audio, text, no_transcript, config.frame_pooling if config.freeze_audio else 1)
 
     def inputs(self, keys: Sequence[RenderingKey], transcripts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The model's inputs for a batch, of those towers that are kept.
@@ -120,21 +137,27 @@ class FeatureStore:
             transcripts: of each item; "" gives zeros.
 
         Returns:
-            `audio_hidden_states` (batch, [layers,] frames, width) with `attention_mask` (batch, frames), and
-            `text_hidden_states` (batch, layers, width), in the dtype that they are kept in.
+            `audio_hidden_states` (batch, [layers,] frames, width) with `attention_mask` (batch, frames), or
+            `pooled_hidden_states` (batch, [layers,] groups, width) with how many frames each group holds as the mask;
+            and `text_hidden_states` (batch, layers, width); in the dtype that they are kept in.
 
         Raises:
             ValueError: an item that was not among those of `build`.
         """
         batch = {}
         if self._audio is not None:
-            states = [self._shelf[_known(self._audio, key)] for key in keys]
+            names = [_known(self._audio, key) for key in keys]
+            states = [self._shelf[name] for name in names]
             frames = [state.shape[-2] for state in states]
             pad = torch.nn.functional.pad
-            batch["audio_hidden_states"] = torch.stack(
-                [pad(state, (0, 0, 0, max(frames) - own)) for state, own in zip(states, frames, strict=True)]
-            )
-            batch["attention_mask"] = (torch.arange(max(frames)) < torch.tensor(frames).unsqueeze(1)).long()
+            padded = [pad(state, (0, 0, 0, max(frames) - own)) for state, own in zip(states, frames, strict=True)]
+            mask = (torch.arange(max(frames)) < torch.tensor(frames).unsqueeze(1)).long()
+            if self._pooled > 1:  # the last group may hold fewer frames
+                last = torch.stack([self._shelf[name + LAST_GROUP] for name in names])
+                mask = mask * self._pooled
+                mask[torch.arange(len(names)), torch.tensor(frames) - 1] = last
+            batch["pooled_hidden_states" if self._pooled > 1 else "audio_hidden_states"] = torch.stack(padded)
+            batch["attention_mask"] = mask
         if self._text is not None and self._no_transcript is not None:
             batch["text_hidden_states"] = torch.stack(
                 [self._shelf[_known(self._text, text)] if text else self._no_transcript for text in transcripts]
@@ -142,86 +165,10 @@ class FeatureStore:
         return batch
 
 
-class _Shelf:
-    """Tensors by name, in memory or in safetensors files of a folder."""
-
-    def __init__(self, folder: Path | None, dtype: torch.dtype) -> None:
-        self.folder, self.dtype = folder, dtype
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._open()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors or name in self._files
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[name] if name in self._tensors else self._files[name].get_tensor(name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-    def add(self, batches: Iterable[tuple[float, dict[str, torch.Tensor]]], total: float, what: str) -> None:
-        """Keep the tensors of all batches, if there is room.
-
-        Args:
-            batches: the amount of work in each, in any unit, and its tensors. From the first the size is extrapolated.
-            total: the amount of work in all.
-            what: what the tensors are of, for messages.
-
-        Raises:
-            ValueError: there is less room than is needed.
-        """
-        if not total:
-            return
-        pending: dict[str, torch.Tensor] = {}
-        for number, (amount, tensors) in enumerate(batches):
-            if number == 0:
-                self._check_room(total / amount * _size(tensors), what)
-            pending |= tensors
-            if self.folder is not None and _size(pending) >= SHARD_BYTES:
-                self._write(self.folder, pending)
-                pending = {}
-        if self.folder is None:
-            self._tensors |= pending
-        elif pending:
-            self._write(self.folder, pending)
-        self._open()
-
-    def _check_room(self, needed: float, what: str) -> None:
-        place = "memory" if self.folder is None else str(self.folder)
-        free = psutil.virtual_memory().available if self.folder is None else shutil.disk_usage(self.folder).free
-        size = f"about {_readable(needed)} in {place} ({str(self.dtype).removeprefix('torch.')})"
-        if needed > free:
-            raise ValueError(
-                f"Features of {what} take {size}, where {_readable(free)} are free. Keep them in a "
-                "folder with room (cache_features: disk, feature_cache_dir), at half the size (feature_dtype: "
-                "float16), or not at all (cache_features: off)."
-            )
-        tqdm.write(f"Features of {what}: {size}, {_readable(free)} free", file=sys.stderr)
-
-    def _write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        with replacing(folder / f"{uuid.uuid4().hex}.safetensors") as beside:
-            save_file(tensors, beside)
-
-    def _open(self) -> None:
-        shards = sorted(self.folder.glob("*.safetensors")) if self.folder is not None else []
-        opened = [safe_open(shard, framework="pt") for shard in shards]
-        self._files = {name: shard for shard in opened for name in shard.keys()}  # noqa: SIM118 - not a mapping
-
-
 def _known(names: Mapping[Key, str], key: Key) -> str:
     if key not in names:
         raise ValueError(f"No features were kept of {key!r}: build the store from every dataset that is to be run.")
     return names[key]
-
-
-def _size(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class _Place(NamedTuple):
@@ -290,6 +237,62 @@ def _identify(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "audio": _digest(content)}
 
 
+def _share(items: dict[str, Made], order: Callable[[Made], float], shelf: Shelf) -> dict[str, Made]:
+    """What this process is to make, longest first: dealt out over all items, so that it does not hang on how far the
+    others are."""
+    names = sorted(items, key=lambda name: (order(items[name]), name))[shelf.team.index :: shelf.team.size]
+    return {name: items[name] for name in names if name not in shelf}
+
+
+def _check_room(
+    shelf: Shelf, model: SailerForAudioClassification, collator: SailerCollator, seconds: list[float], texts: int
+) -> None:
+    if not (seconds or texts):
+        return
+    config, each = model.config, shelf.dtype.itemsize
+    needed = kept_bytes(model, collator.processor, np.array(seconds), shelf.dtype)
+    if texts:
+        needed += texts * (config.text_config.num_hidden_layers + 1) * config.text_config.hidden_size * each
+    place, free = shelf.free()
+    what = " and ".join([f"{len(seconds)} clips and mixes"] * bool(seconds) + [f"{texts} transcripts"] * bool(texts))
+    size = f"about {readable(needed)} in {place} ({str(shelf.dtype).removeprefix('torch.')})"
+    if needed > free:
+        ways = ["in a folder with room (cache_features: disk, feature_cache_dir)"]
+        ways += ["at half the size (feature_dtype: float16)"] if each > 2 else []
+        ways += ["of the last layer alone (audio_layers: last)"] if config.audio_layers != "last" else []
+        ways += [] if config.frame_pooling > 1 else ["pooled (frame_pooling: 64 keeps a 64th)"]
+        ways += ["of fewer plans (augmentation_variants)", "or not at all (cache_features: off; on a GPU in bf16)"]
+        raise ValueError(
+            f"Features of {what} take {size}, where {readable(free)} are free. Keep them {', '.join(ways)}."
+        )
+    if shelf.team.index == 0:
+        tqdm.write(f"Features of {what}: {size}, {readable(free)} free", file=sys.stderr)
+
+
+def kept_bytes(
+    model: SailerForAudioClassification, processor: SailerProcessor, seconds: np.ndarray, dtype: torch.dtype
+) -> int:
+    """Bytes that the audio tower's states of clips of `seconds` (clips,) take, from the configuration alone."""
+    config = model.config
+    groups = -(-_frames(model, processor, seconds) // config.frame_pooling)
+    layers = config.audio_config.num_hidden_layers + 1 if config.audio_layers != "last" else 1
+    return int(groups.sum()) * layers * speech_width(config.audio_config, config.audio_layers) * dtype.itemsize
+
+
+def _frames(model: SailerForAudioClassification, processor: SailerProcessor, seconds: np.ndarray) -> np.ndarray:
+    """How many frames the audio tower makes of each clip."""
+    extractor, encoder = processor.feature_extractor, model.sailer.audio_encoder
+    samples = np.round(np.asarray(seconds, dtype=np.float64) * extractor.sampling_rate).astype(np.int64)
+    if processor.makes_log_mel:
+        if processor.audio_padding == "max_length":
+            samples = np.minimum(samples, extractor.n_samples)
+        return -(-(samples // extractor.hop_length) // 2)
+    count: Any = getattr(encoder, "_get_feat_extract_output_lengths", None)
+    if model.main_input_name == "input_values" and count is not None:
+        return np.maximum(count(torch.from_numpy(samples)).numpy(), 1)
+    return np.ceil(seconds * FRAMES_PER_SECOND).astype(np.int64)
+
+
 def _audio_batches(
     model: SailerForAudioClassification,
     collator: SailerCollator,
@@ -297,9 +300,11 @@ def _audio_batches(
     dtype: torch.dtype,
     batch_size: int,
     num_workers: int,
-) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
-    """Seconds of audio in each batch, and the states of each clip's own frames by name; the longest clips first."""
-    names = sorted(missing, key=lambda name: -missing[name].seconds)
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The states of each clip's own frames, or of groups of them and how many the last group holds, by name."""
+    if not missing:
+        return
+    names, config = list(missing), model.config
     loader = torch.utils.data.DataLoader(
         _Items([missing[name] for name in names]),
         batch_size=batch_size,
@@ -307,12 +312,22 @@ def _audio_batches(
         collate_fn=replace(collator, heads=(), features=None),
     )
     for number, batch in enumerate(tqdm(loader, desc="Encoding speech", unit="batch")):
-        audio, mask = (batch[name].to(model.device) for name in (model.main_input_name, "attention_mask"))
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        if "waveforms" in batch:
+            batch["input_features"] = collator.processor.log_mel(batch["waveforms"])
         with torch.no_grad():
-            states, mask = model.sailer.audio_hidden_states(audio, mask)
+            states, mask = model.sailer.audio_hidden_states(batch[model.main_input_name], batch["attention_mask"])
         chunk = names[number * batch_size : (number + 1) * batch_size]
-        own = [state[..., frames.bool(), :].to("cpu", dtype) for state, frames in zip(states, mask, strict=True)]
-        yield sum(missing[name].seconds for name in chunk), dict(zip(chunk, own, strict=True))
+        kept: dict[str, torch.Tensor] = {}
+        for name, state, frames in zip(chunk, states, mask, strict=True):
+            own = state[..., frames.bool(), :]
+            if config.frame_pooling > 1:
+                own, counts = pool_states(
+                    own.unsqueeze(0), config.frame_pooling, normalize=config.audio_layers == "weighted_norm"
+                )
+                own, kept[name + LAST_GROUP] = own[0], counts[0, -1].to("cpu", torch.long, copy=True)
+            kept[name] = own.to("cpu", dtype).clone().contiguous()
+        yield kept
 
 
 def _text_batches(
@@ -321,15 +336,15 @@ def _text_batches(
     missing: dict[str, str],
     dtype: torch.dtype,
     batch_size: int,
-) -> Iterator[tuple[float, dict[str, torch.Tensor]]]:
-    """Number of transcripts in each batch, and their states by name; the longest first."""
-    names = sorted(missing, key=lambda name: -len(missing[name]))
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The states of transcripts by name."""
+    names = list(missing)
     for start in tqdm(range(0, len(names), batch_size), desc="Encoding transcripts", unit="batch"):
         chunk = names[start : start + batch_size]
         tokens = collator.processor.tokenize([missing[name] for name in chunk], len(chunk))
         with torch.no_grad():
             states = model.sailer.text_hidden_states(*(tokens[name].to(model.device) for name in TEXT_INPUTS))
-        yield len(chunk), dict(zip(chunk, states.to("cpu", dtype).clone().unbind(), strict=True))
+        yield {name: state.clone() for name, state in zip(chunk, states.to("cpu", dtype), strict=True)}
 
 
 def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator) -> str:
@@ -338,6 +353,8 @@ def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator) -
     return _digest(
         _plain(config.audio_config),
         config.audio_layers != "last",
+        config.frame_pooling,
+        config.audio_layers == "weighted_norm" and config.frame_pooling > 1,
         config.attend_to_padding,
         masks_padding(model.sailer.audio_encoder.config),
         processor.feature_extractor.to_dict(),
@@ -367,11 +384,3 @@ def _digest(*parts: Any) -> str:
         is_bytes = isinstance(part, bytes | memoryview)
         digest.update(part if is_bytes else json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _readable(size: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

@@ -104,6 +104,18 @@ class SailerTrainer(Trainer):
                     self._component_sums[name] = self._component_sums.get(name, 0) + value.detach()
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Trainer's, with log-mel features of waveforms that the collator left: on the model's device."""
+        inputs = super()._prepare_inputs(inputs)
+        waveforms = inputs.pop("waveforms", None)
+        if waveforms is None:
+            return inputs
+        if self.processor is None:
+            raise ValueError(
+                "The collator has log_mel=False: pass the processor as processing_class, to make it here."
+            )
+        return {**inputs, "input_features": self.processor.log_mel(waveforms)}
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's optimizer, with the towers' parameters in groups of their own where they have their own rate."""
         made_before = self.optimizer is not None
