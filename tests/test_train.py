@@ -125,10 +125,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_two_processes_count_every_clip_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["off", "memory", "disk"])
+def test_two_processes_count_every_clip_once(tmp_path: Path, kept: str) -> None:
     small = SMALL | {"validation_clips": 25}  # odd: one process has a clip less
     options = [f"--corpus_options.{name}={value}" for name, value in small.items()]
     options += ["--num_train_epochs=1", "--shuffled_label_baseline=false", "--use_cpu", "--disable_tqdm"]
+    options += [f"--cache_features={kept}", "--augmentation_variants=2", "--freeze_audio=true", "--freeze_text=true"]
     script = Path(__file__).resolve().parents[1] / "train.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     finished = subprocess.run(
@@ -142,6 +144,9 @@ def test_two_processes_count_every_clip_once(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["validation"]["clips"] == 25 and metrics["test"]["clips"] == 16
     assert finished.stdout.count("The system, its card and its figures are in") == 1
+    assert finished.stderr.count("Features of") == (kept != "off")
+    shards = list((tmp_path / "two" / "features").glob("states-*.safetensors"))
+    assert len(shards) == (4 if kept == "disk" else 0), "each process one of sounds and one of transcripts"
 
 
 def test_shuffled_labels_keep_audio_and_counts() -> None:

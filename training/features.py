@@ -251,7 +251,7 @@ def _check_room(
         return
     config, each = model.config, shelf.dtype.itemsize
     needed = kept_bytes(model, collator.processor, np.array(seconds), shelf.dtype)
-    if texts:
+    if texts and config.text_config is not None:
         needed += texts * (config.text_config.num_hidden_layers + 1) * config.text_config.hidden_size * each
     place, free = shelf.free()
     what = " and ".join([f"{len(seconds)} clips and mixes"] * bool(seconds) + [f"{texts} transcripts"] * bool(texts))
@@ -273,10 +273,11 @@ def kept_bytes(
     model: SailerForAudioClassification, processor: SailerProcessor, seconds: np.ndarray, dtype: torch.dtype
 ) -> int:
     """Bytes that the audio tower's states of clips of `seconds` (clips,) take, from the configuration alone."""
-    config = model.config
+    config, encoder = model.config, model.config.audio_config
+    assert encoder is not None, "SailerModel refuses a configuration without a speech encoder"
     groups = -(-_frames(model, processor, seconds) // config.frame_pooling)
-    layers = config.audio_config.num_hidden_layers + 1 if config.audio_layers != "last" else 1
-    return int(groups.sum()) * layers * speech_width(config.audio_config, config.audio_layers) * dtype.itemsize
+    layers = encoder.num_hidden_layers + 1 if config.audio_layers != "last" else 1
+    return int(groups.sum()) * layers * speech_width(encoder, config.audio_layers) * dtype.itemsize
 
 
 def _frames(model: SailerForAudioClassification, processor: SailerProcessor, seconds: np.ndarray) -> np.ndarray:
