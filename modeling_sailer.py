@@ -231,26 +231,22 @@ class SailerModel(SailerPreTrainedModel):
 
         Raises:
             ValueError: the audio input that this tower needs is missing, a mask that is needed is missing or does not
-                fit, input_ids without a text tower, or hidden states that are asked for where only the last ones were
-                passed.
+                fit, input_ids without a text tower, or hidden states that are asked for where they were not passed.
         """
         weighted = self.config.audio_layers != "last"
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         is_pooled = pooled_hidden_states is not None
-        states, mask = pooled_hidden_states if is_pooled else audio_hidden_states, attention_mask
+        states, mask, layers = pooled_hidden_states if is_pooled else audio_hidden_states, attention_mask, None
         if states is None:
             audio = input_features if self.main_input_name == "input_features" else input_values
             if audio is None:
                 raise ValueError(f"This system needs {self.main_input_name} (or audio_hidden_states).")
             states, mask = self.audio_hidden_states(audio, attention_mask)
-            layers = states
             if collect and not weighted:  # in a second pass: an adapter's output is not among the layers
                 layers, _ = self.audio_hidden_states(audio, attention_mask, all_layers=True)
         elif collect and (is_pooled or not weighted):
             raise ValueError("output_hidden_states needs the audio: what is passed holds no layer's frames.")
-        else:
-            layers = states
-        hidden_states = layers.unbind(1) if collect else None
+        hidden_states = (states if layers is None else layers).unbind(1) if collect else None
         dtype = next(self.audio_projection.parameters()).dtype
         states = states.to(dtype)
         if weighted:
