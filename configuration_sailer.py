@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
+from .encoders_emotion2vec import Emotion2VecConfig  # noqa: F401 - so that "emotion2vec" is a model type that is known
+
 PRIMARY_LABELS = ("Angry", "Contempt", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise", "Other")
 MAJORITY_LABELS = ("Neutral", "Happy", "Sad", "Angry")
 SECONDARY_LABELS = (

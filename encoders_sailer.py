@@ -26,8 +26,10 @@ from transformers.utils import (
 
 logger = logging.get_logger(__name__)
 
+from .encoders_emotion2vec import Emotion2VecModel  # noqa: F401 - "emotion2vec" backbones load as this, and it travels
+
 # Their states were shown (tests/test_encoders.py) not to change with padding, if `masks_padding` holds.
-MASKED = ("hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm")
+MASKED = ("emotion2vec", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm")
 # What follows their layers changes the number of frames, so that the layers' own states are weighted.
 RESAMPLED = ("sew", "sew-d")
 ADVICE = "Give a Hub id or a folder with config.json and model.safetensors (or pytorch_model.bin)."
@@ -49,8 +51,8 @@ REFUSED = {
     "voxtral_realtime_encoder": _PART,
 }
 ACCEPTED = (
-    "Whisper, WavLM, wav2vec 2.0 (its Conformer and BERT too), HuBERT, UniSpeech, Data2Vec, SEW and the encoders of "
-    "Parakeet, LASR, Granite Speech 5 and Nemotron can be."
+    "Whisper, WavLM, wav2vec 2.0 (its Conformer and BERT too), HuBERT, UniSpeech, Data2Vec, SEW, emotion2vec and the "
+    "encoders of Parakeet, LASR, Granite Speech 5 and Nemotron can be."
 )
 
 

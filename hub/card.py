@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
     from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
+    from sailer.encoders_emotion2vec import Emotion2VecConfig
 
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md.jinja"
 CONVERTED_TEMPLATE = CARD_TEMPLATE.with_name("converted.md.jinja")
+EMOTION2VEC_TEMPLATE = CARD_TEMPLATE.with_name("emotion2vec.md.jinja")
 ENSEMBLE_TEMPLATE = CARD_TEMPLATE.with_name("ensemble.md.jinja")
 COMBINED = {
     "probabilities": "the mean of the members' probabilities",
@@ -161,6 +163,38 @@ def render_ensemble_card(config: SailerEnsembleConfig, weights: Sequence[float],
         for member, share in zip(config.members, shares, strict=True)
     ]
     return _render(ENSEMBLE_TEMPLATE, facts, path)
+
+
+def render_emotion2vec_card(
+    source: str,
+    config: Emotion2VecConfig,
+    tokens: Sequence[str],
+    left_out: Mapping[str, int],
+    name: str,
+    path: str | Path,
+) -> Path:
+    """Write the card of a converted emotion2vec model.
+
+    Args:
+        source: the Hub id that it was, or its folder's name.
+        config: the model's configuration.
+        tokens: the classes as the checkpoint names them; none of an encoder.
+        left_out: part -> tensors of the checkpoint that are not in the model.
+        name: the folder's name.
+        path: Markdown file to write.
+    """
+    from huggingface_hub import ModelCardData
+
+    card_data = ModelCardData(
+        base_model=[source] if _is_hub_id(source) and "/" in source else None,
+        library_name="transformers",
+        model_name=name,
+        pipeline_tag="audio-classification" if tokens else "feature-extraction",
+        tags=[*CARD_TAGS, "emotion2vec"],
+    )
+    facts: dict[str, Any] = {"card_data": card_data.to_yaml(), "source": source, "model_name": name, "model_id": name}
+    facts |= {"config": config, "tokens": list(tokens), "left_out": dict(left_out)}
+    return _render(EMOTION2VEC_TEMPLATE, facts, path)
 
 
 def _render(template: Path, facts: Mapping[str, Any], path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""A checkpoint that the paper's authors released (vox-profile) in, a SAILER folder with the same outputs out."""
+"""A released checkpoint in, a folder with the same outputs out: the paper's authors' (vox-profile), or emotion2vec."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from transformers import AutoConfig, PretrainedConfig, Wav2Vec2FeatureExtractor,
 from sailer.atomic import replacing_folder
 from sailer.configuration_sailer import ATTRIBUTES, PRIMARY_LABELS, SailerConfig
 from sailer.hub.card import render_converted_card
+from sailer.hub.emotion2vec import FILES as EMOTION2VEC_FILES
+from sailer.hub.emotion2vec import convert_emotion2vec, is_emotion2vec
+from sailer.hub.errors import ConversionError
 from sailer.modeling_sailer import SailerForAudioClassification
 from sailer.processing_sailer import SailerProcessor
 
@@ -45,17 +48,15 @@ LORA = ("auto", "merged", "unmerged")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class ConversionError(ValueError):
-    """A checkpoint that cannot be converted; the message names the file or tensor and the way out."""
-
-
 def convert(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     audio_backbone: str | None = None,
     lora: str = "auto",
 ) -> Path:
-    """Convert a released checkpoint.
+    """Convert a released checkpoint: the authors' to a system, emotion2vec's to its encoder or classifier.
+
+    Of the authors':
 
     LoRA is merged into the weights: loralib does so by itself in eval mode, so a checkpoint that was saved in that
     mode holds merged weights beside the factors, and they are taken as they are (see `_are_merged`). Whisper models
@@ -64,7 +65,8 @@ def convert(
     secondary_16. Attributes-only models get the attribute heads alone.
 
     Args:
-        source: folder or Hub id with `config.json` and `model.safetensors`.
+        source: folder or Hub id with `config.json` and `model.safetensors`; of emotion2vec with `config.yaml`,
+            `model.pt` and, of a classifier, `tokens.txt`.
         destination: folder to write; it must not exist, or be empty.
         audio_backbone: folder, JSON file or Hub id with the backbone's configuration. By default that of
             `backbone_config.json` beside the checkpoint, else the one that the checkpoint names (whisper-large-v3 and
@@ -84,7 +86,15 @@ def convert(
         raise ConversionError(f"lora is {lora!r}; choose one of {list(LORA)}.")
     destination = Path(destination)
     _check_destination(destination)
-    folder = _checkpoint_folder(source)
+    folder = _download(source)
+    told = Path(source).resolve().name if Path(source).is_dir() else str(source)
+    if is_emotion2vec(folder):
+        if audio_backbone is not None or lora != "auto":
+            raise ConversionError(f"{source} is an emotion2vec checkpoint: leave out --audio_backbone and --lora.")
+        with replacing_folder(destination) as beside:
+            convert_emotion2vec(folder, told, destination.name, beside)
+        return destination
+    _check_checkpoint(folder, source)
     settings = _read_settings(folder)
     backbone = _backbone_config(folder, settings, audio_backbone)
     try:
@@ -98,7 +108,6 @@ def convert(
     with replacing_folder(destination) as folder:
         model.save_pretrained(folder)
         _processor(backbone).save_pretrained(folder)
-        told = Path(source).resolve().name if Path(source).is_dir() else str(source)
         render_converted_card(told, config, destination.name, folder / "README.md")
     return destination
 
@@ -131,16 +140,24 @@ def _check_destination(destination: Path) -> None:
         raise ConversionError(f"{destination} cannot be written ({error.strerror}); choose another place.") from error
 
 
-def _checkpoint_folder(source: str | os.PathLike) -> Path:
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-        except (OSError, ValueError) as error:
-            raise ConversionError(f"{source} is neither a folder nor a Hub id that can be reached: {error}") from error
+def _download(source: str | os.PathLike) -> Path:
+    """The folder of a checkpoint; of one on the Hub with the files that are converted alone."""
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "config.yaml"]))
+        if is_emotion2vec(folder):
+            folder = Path(snapshot_download(str(source), allow_patterns=list(EMOTION2VEC_FILES)))
+        return folder
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{source} is neither a folder nor a Hub id that can be reached: {error}") from error
+
+
+def _check_checkpoint(folder: Path, source: str | os.PathLike) -> None:
     if not (folder / "config.json").is_file():
         raise ConversionError(
-            f"{source} has no config.json; a released checkpoint has config.json and model.safetensors."
+            f"{source} has no config.json; a released checkpoint has config.json and model.safetensors (emotion2vec's "
+            "config.yaml and model.pt)."
         )
     if not (folder / "model.safetensors").is_file():
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -149,7 +166,6 @@ def _checkpoint_folder(source: str | os.PathLike) -> Path:
             f"{source} has no model.safetensors.{found} Pickled weights are refused, because loading a pickle can run "
             "code; have them saved as safetensors by someone who trusts them."
         )
-    return folder
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
