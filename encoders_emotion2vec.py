@@ -394,7 +394,7 @@ class Emotion2VecModel(Emotion2VecPreTrainedModel):
         states = states + self.positions(states, mask)
         tokens = self.config.num_extra_tokens
         if self.extra_tokens is not None:
-            states = torch.cat([self.extra_tokens.expand(len(states), -1, -1), states], dim=1)
+            states = torch.cat([self.extra_tokens.expand(states.shape[0], -1, -1), states], dim=1)
         collected = self.encoder(states, self._biases(states, own))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
