@@ -1,11 +1,7 @@
-"""emotion2vec (https://arxiv.org/abs/2312.15185): configuration, feature extractor, encoder and classifier.
-
-What is computed is what FunASR's code computes; here any clips make a batch, and each gets what it gets alone.
-"""
+"""emotion2vec (https://arxiv.org/abs/2312.15185) with FunASR's numbers: any clips make a batch, each as if alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,10 +22,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
-from .layers_sailer import SailerClassifierOutput, masked_mean, plain_loss
+from .layers_sailer import (
+    FeedForward,
+    FrameConv1d,
+    SailerClassifierOutput,
+    alibi_bias,
+    alibi_slopes,
+    drop_path,
+    masked_mean,
+    one_below_the_other,
+    plain_loss,
+)
 
 if TYPE_CHECKING:
-    # So that save_pretrained takes the pipeline and the processor of a classifier along; they import this file.
+    # So that a classifier's pipeline and processor, which import this file, are saved with it.
     from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401
 
 AUTO_MAP = {
@@ -38,13 +44,7 @@ AUTO_MAP = {
     "AutoModelForAudioClassification": "encoders_emotion2vec.Emotion2VecForAudioClassification",
     "AutoFeatureExtractor": "encoders_emotion2vec.Emotion2VecFeatureExtractor",
 }
-CUSTOM_PIPELINES = {
-    "audio-classification": {
-        "impl": "pipeline_sailer.SpeechEmotionPipeline",
-        "pt": ["AutoModelForAudioClassification"],
-        "type": "multimodal",
-    }
-}
+PIPELINE = {"impl": "pipeline_sailer.SpeechEmotionPipeline", "pt": ["AutoModelForAudioClassification"]}
 CONVOLUTIONS = ("conv_dim", "conv_kernel", "conv_stride")
 # Options that are whole numbers, and the least that each may be.
 COUNTS = {
@@ -55,8 +55,7 @@ COUNTS = {
 
 
 class Emotion2VecConfig(PretrainedConfig):
-    r"""
-    Configuration of an emotion2vec encoder, and of the classifier on top of it; the defaults are those of base size.
+    r"""Configuration of an emotion2vec encoder and of the classifier on it; the defaults are those of base size.
 
     Args:
         hidden_size, num_attention_heads, intermediate_size (`int`): of every block.
@@ -70,8 +69,7 @@ class Emotion2VecConfig(PretrainedConfig):
         alibi_scale_per_head, alibi_scale_per_layer, alibi_scale_learned (`bool`): whether each head and each block has
             a scale of its own, and whether fine-tuning changes them.
         hidden_dropout, attention_dropout, activation_dropout, feed_forward_dropout, prenet_dropout, input_dropout,
-            layerdrop, prenet_layerdrop (`float`): in training.
-        drop_path_rates (sequence of `float`, *optional*): in training, one a block; zeros by default.
+            layerdrop, prenet_layerdrop (`float`), drop_path_rates (one a block; zeros by default): in training.
         do_normalize (`bool`, defaults to `True`): whether the feature extractor layer-normalises each whole waveform.
         unused_labels (sequence of `str`): classes that no clip is given.
         max_seconds (`float`, defaults to 30.0): longest audio that the pipeline hears at once.
@@ -135,18 +133,16 @@ class Emotion2VecConfig(PretrainedConfig):
         for option in ("num_attention_heads", "conv_pos_groups"):
             if self.hidden_size % getattr(self, option):
                 raise ValueError(f"hidden_size {self.hidden_size} is no multiple of {option} {getattr(self, option)}.")
-        if self.prenet_layers > self.num_hidden_layers:
-            raise ValueError(f"prenet_layers is {self.prenet_layers} of num_hidden_layers {self.num_hidden_layers}.")
-        if (self.alibi_heads or 0) > self.num_attention_heads:
-            raise ValueError(f"alibi_heads is {self.alibi_heads} of num_attention_heads {self.num_attention_heads}.")
+        for option, most in (("prenet_layers", "num_hidden_layers"), ("alibi_heads", "num_attention_heads")):
+            if (getattr(self, option) or 0) > getattr(self, most):
+                raise ValueError(f"{option} is {getattr(self, option)}, and {most} {getattr(self, most)}.")
         if self.drop_path_rates is not None and len(self.drop_path_rates) != self.num_hidden_layers:
             raise ValueError(f"drop_path_rates has {len(self.drop_path_rates)} rates, not num_hidden_layers.")
 
     @property
     def labels(self) -> list[str]:
         """Emotions in the order of the logits."""
-        names: dict[int, str] = self.id2label or {}
-        return [names[i] for i in range(len(names))]
+        return [label for _, label in sorted((self.id2label or {}).items())]
 
     @property
     def scored_labels(self) -> list[str]:
@@ -160,20 +156,14 @@ class Emotion2VecConfig(PretrainedConfig):
 
 
 class Emotion2VecFeatureExtractor(Wav2Vec2FeatureExtractor):
-    """Waveforms at 16 kHz, each layer-normalised over its own samples (`do_normalize`), padded, with their mask.
-
-    As `Wav2Vec2FeatureExtractor`, but for the small number under the root. Whatever else is asked for, padding is no
-    part of what is normalised.
-    """
+    """Waveforms at 16 kHz, each layer-normalised over its own samples (`do_normalize`), padded, with their mask."""
 
     def __init__(self, do_normalize: bool = True, return_attention_mask: bool = True, **kwargs: Any) -> None:
         super().__init__(do_normalize=do_normalize, return_attention_mask=return_attention_mask, **kwargs)
 
-    def __call__(
-        self, raw_speech: Any, *args: Any, return_attention_mask: bool | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, *args: Any, return_attention_mask: bool | None = None, **kwargs: Any) -> BatchFeature:
         """As `Wav2Vec2FeatureExtractor`'s: `input_values` (batch, samples) and `attention_mask` of the same shape."""
-        inputs = super().__call__(raw_speech, *args, return_attention_mask=True, **kwargs)
+        inputs = super().__call__(*args, **(kwargs | {"return_attention_mask": True}))
         if not (self.return_attention_mask if return_attention_mask is None else return_attention_mask):
             inputs.pop("attention_mask", None)
         return inputs
@@ -195,16 +185,15 @@ class Emotion2VecFeatureExtractor(Wav2Vec2FeatureExtractor):
 
 
 class Emotion2VecConvLayer(nn.Module):
-    """One convolution over the waveform: (batch, width, frames) -> (batch, width, fewer frames)."""
+    """One convolution over the waveform: (batch, frames, width) -> (batch, fewer frames, width)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(inputs, outputs, kernel, stride=stride, bias=False)
+        self.conv = FrameConv1d(inputs, outputs, kernel, stride=stride, bias=False)
         self.layer_norm = nn.LayerNorm(outputs)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        states = self.layer_norm(self.conv(states).transpose(1, 2)).transpose(1, 2)
-        return nn.functional.gelu(states)
+        return nn.functional.gelu(self.layer_norm(self.conv(states)))
 
 
 class Emotion2VecPositions(nn.Module):
@@ -214,17 +203,17 @@ class Emotion2VecPositions(nn.Module):
         super().__init__()
         width, kernel = config.hidden_size, config.conv_pos_kernel
         self.convs = nn.ModuleList(
-            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=config.conv_pos_groups)
+            FrameConv1d(width, width, kernel, padding=kernel // 2, groups=config.conv_pos_groups)
             for _ in range(config.conv_pos_layers)
         )
 
     def forward(self, states: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
-        """states (batch, frames, width), and the mask (batch, frames, 1) of each clip's own -> states."""
+        """states (batch, frames, width), and the mask (batch, frames) of each clip's own -> states."""
         frames = states.shape[1]
         for conv in self.convs:
             # A clip alone ends in the convolution's zeros: beside longer clips it must see the same, at every layer.
-            states = states if own is None else states * own
-            states = conv(states.transpose(1, 2))[..., :frames].transpose(1, 2)  # an even kernel gives one too many
+            states = states if own is None else states * own.unsqueeze(-1).to(states.dtype)
+            states = conv(states)[:, :frames]  # an even kernel gives one too many
             states = nn.functional.gelu(nn.functional.layer_norm(states, states.shape[-1:]))
         return states
 
@@ -238,28 +227,19 @@ class Emotion2VecAttention(nn.Module):
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """states (batch, positions, width) and bias (batch or 1, heads, positions, positions)."""
-        query, key, value = (
+    def forward(self, states: torch.Tensor, bias: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
+        """As `Emotion2VecEncoder.forward`, with one bias."""
+        parts = [
             projection(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        dropout = self.dropout if self.training else 0.0
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        ]
+        attend: Any = nn.functional.scaled_dot_product_attention
+        if sizes is None:
+            attended = attend(*parts, bias, self.dropout if self.training else 0.0)
+        else:
+            clips = zip(*(part.split(sizes, dim=2) for part in parts), sizes, strict=True)
+            attended = torch.cat([attend(*clip, bias[..., :size, :size]) for *clip, size in clips], dim=2)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-
-class Emotion2VecFeedForward(nn.Module):
-    """Two linear layers with GELU between."""
-
-    def __init__(self, config: Emotion2VecConfig) -> None:
-        super().__init__()
-        self.intermediate_dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.intermediate_dropout = nn.Dropout(config.activation_dropout)
-        self.output_dense = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return self.output_dense(self.intermediate_dropout(nn.functional.gelu(self.intermediate_dense(states))))
 
 
 class Emotion2VecLayer(GradientCheckpointingLayer):
@@ -270,23 +250,17 @@ class Emotion2VecLayer(GradientCheckpointingLayer):
         self.attention = Emotion2VecAttention(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layer_norm = _norm(config)
-        self.feed_forward = Emotion2VecFeedForward(config)
+        self.feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.activation_dropout)
         self.output_dropout = nn.Dropout(config.feed_forward_dropout)
         self.final_layer_norm = _norm(config)
         self.drop_path_rate = config.drop_path_rates[index] if config.drop_path_rates else 0.0
 
-    def forward(self, states: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """states (batch, positions, width); bias as the attention's."""
-        attended = self.dropout(self.attention(states, bias))
-        states = self.layer_norm(states + self._kept(attended))
-        return self.final_layer_norm(states + self._kept(self.output_dropout(self.feed_forward(states))))
-
-    def _kept(self, branch: torch.Tensor) -> torch.Tensor:
-        """The branch, dropped for some clips in training (stochastic depth, https://arxiv.org/abs/1603.09382)."""
-        if not self.training or self.drop_path_rate == 0:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path_rate
-        return branch * kept / (1 - self.drop_path_rate)
+    def forward(self, states: torch.Tensor, bias: torch.Tensor, sizes: list[int] | None) -> torch.Tensor:
+        """As `Emotion2VecEncoder.forward`, with one bias."""
+        rate = self.drop_path_rate if self.training else 0.0
+        attended = self.dropout(self.attention(states, bias, sizes))
+        states = self.layer_norm(states + drop_path(attended, rate))
+        return self.final_layer_norm(states + drop_path(self.output_dropout(self.feed_forward(states)), rate))
 
 
 class Emotion2VecEncoder(nn.Module):
@@ -300,8 +274,19 @@ class Emotion2VecEncoder(nn.Module):
         self.input_dropout = nn.Dropout(config.input_dropout)
         self.layers = nn.ModuleList(Emotion2VecLayer(config, index) for index in range(config.num_hidden_layers))
 
-    def forward(self, states: torch.Tensor, biases: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The normalised input (batch, positions, width) and each block's output; a bias for all blocks, or each."""
+    def forward(
+        self, states: torch.Tensor, biases: Sequence[torch.Tensor], sizes: list[int] | None = None
+    ) -> list[torch.Tensor]:
+        """
+        Args:
+            states: (batch, positions, width); or the clips' own positions one after the other, (1, all, width).
+            biases: (batch or 1, heads, positions, positions) each, one for all blocks or one a block; of clips one
+                after the other that of the longest, (1, heads, positions, positions).
+            sizes: of clips one after the other, their numbers of positions.
+
+        Returns:
+            the normalised input and each block's output, of the shape of `states`.
+        """
         config = self.config
         collected = [self.prenet_dropout(self.layer_norm(states))]
         for index, layer in enumerate(self.layers):
@@ -310,7 +295,7 @@ class Emotion2VecEncoder(nn.Module):
                 states = self.input_dropout(states)
             drop = config.prenet_layerdrop if index < config.prenet_layers else config.layerdrop
             if not (self.training and drop > 0 and torch.rand([]) < drop):
-                states = layer(states, biases[index if len(biases) > 1 else 0])
+                states = layer(states, biases[index if len(biases) > 1 else 0], sizes)
             collected.append(states)
         return collected
 
@@ -322,7 +307,6 @@ class Emotion2VecPreTrainedModel(PreTrainedModel):
     config_class = Emotion2VecConfig
     base_model_prefix = "emotion2vec"
     main_input_name = "input_values"
-    input_modalities = ["audio"]  # noqa: RUF012 - transformers' own form
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["Emotion2VecLayer"]  # noqa: RUF012 - transformers' own form
@@ -385,46 +369,59 @@ class Emotion2VecModel(Emotion2VecPreTrainedModel):
             last_hidden_state (batch, frames, width), and hidden_states of the same shape each. What stands beyond a
             clip's own frames means nothing.
         """
-        states = input_values.to(self.dtype).unsqueeze(1)
-        for layer in self.feature_extractor:
-            states = layer(states)
-        states = self.feature_projection(states.transpose(1, 2))
-        own = None if attention_mask is None else self.own_frames(attention_mask, states.shape[1])
-        mask = None if own is None else own.unsqueeze(-1).to(states.dtype)
-        states = states + self.positions(states, mask)
-        tokens = self.config.num_extra_tokens
-        if self.extra_tokens is not None:
-            states = torch.cat([self.extra_tokens.expand(states.shape[0], -1, -1), states], dim=1)
-        collected = self.encoder(states, self._biases(states, own))
+        sizes = None
+        if attention_mask is not None and self._is_packed(input_values):
+            lengths = attention_mask.sum(1).tolist()
+            clips = [self._embed(row[None, :length]) for row, length in zip(input_values, lengths, strict=True)]
+            sizes = [clip.shape[1] for clip in clips]
+            states, biases = torch.cat(clips, dim=1), self._biases(max(sizes), None)
+        else:
+            own = None if attention_mask is None else self.own_frames(attention_mask)
+            states = self._embed(input_values, own)
+            biases = self._biases(states.shape[1], own)
+        collected = self.encoder(states, biases, sizes)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states = tuple(states[:, tokens:] for states in collected) if output_hidden_states else None
-        return BaseModelOutput(collected[-1][:, tokens:], hidden_states=hidden_states)
+        returned = collected if output_hidden_states else collected[-1:]
+        if sizes is not None:
+            longest = int(self._get_feat_extract_output_lengths(torch.tensor(input_values.shape[1])))
+            returned = [
+                one_below_the_other(states, sizes, longest + self.config.num_extra_tokens) for states in returned
+            ]
+        returned = [states[:, self.config.num_extra_tokens :] for states in returned]
+        return BaseModelOutput(returned[-1], hidden_states=tuple(returned) if output_hidden_states else None)
 
-    def own_frames(self, attention_mask: torch.Tensor, frames: int) -> torch.Tensor:
+    def own_frames(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """Mask (batch, samples) over samples -> boolean mask (batch, frames) over frames."""
+        frames = attention_mask.shape[1]
+        for kernel, stride in zip(self.config.conv_kernel, self.config.conv_stride, strict=True):
+            frames = (frames - kernel) // stride + 1
         lengths = self._get_feat_extract_output_lengths(attention_mask.sum(1))
         return torch.arange(frames, device=lengths.device) < lengths.unsqueeze(1)
 
-    def _biases(self, states: torch.Tensor, own: torch.Tensor | None) -> list[torch.Tensor]:
-        """What is added to the attention's scores (batch or 1, heads, positions, positions), for all blocks or each.
+    def _is_packed(self, input_values: torch.Tensor) -> bool:
+        """Whether the clips go one after the other, without padding, which on a CPU would take as long as speech."""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return input_values.device.type == "cpu" and not self.training and not is_traced
 
-        ALiBi (https://arxiv.org/abs/2108.12409), falling to both sides; the extra tokens have no position.
-        """
-        config, tokens = self.config, self.config.num_extra_tokens
-        position = torch.arange(states.shape[1] - tokens, device=states.device)
-        distance = (position - position.unsqueeze(1)).abs().float()
-        distance = nn.functional.pad(distance, (tokens, 0, tokens, 0))
-        scale = self.alibi_scale.float().clamp(min=0)
-        if not config.alibi_scale_learned:
-            scale = scale.detach()
-        slopes = scale * torch.tensor(self.alibi_slopes, device=states.device)
+    def _embed(self, input_values: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+        """Waveforms (batch, samples) -> the extra tokens and the frames with their positions."""
+        states = input_values.to(self.dtype).unsqueeze(-1)
+        for layer in self.feature_extractor:
+            states = layer(states)
+        states = self.feature_projection(states)
+        states = states + self.positions(states, own)
+        if self.extra_tokens is None:
+            return states
+        return torch.cat([self.extra_tokens.expand(states.shape[0], -1, -1), states], dim=1)
+
+    def _biases(self, positions: int, own: torch.Tensor | None) -> list[torch.Tensor]:
+        """What is added to the attention's scores, for all blocks or each; see `alibi_bias`."""
+        config = self.config
+        scale = self.alibi_scale if config.alibi_scale_learned else self.alibi_scale.detach()
+        slopes = scale.float().clamp(min=0) * torch.tensor(self.alibi_slopes, device=scale.device)
         slopes = nn.functional.pad(slopes, (0, config.num_attention_heads - len(self.alibi_slopes)))
-        biases = [-(slope[:, None, None] * distance).unsqueeze(0).to(states.dtype) for slope in slopes]
-        if own is not None:
-            visible = nn.functional.pad(own, (tokens, 0), value=True)[:, None, None]
-            biases = [bias.masked_fill(~visible, torch.finfo(states.dtype).min) for bias in biases]
-        return biases
+        return [alibi_bias(slope, positions, config.num_extra_tokens, own).to(self.dtype) for slope in slopes]
 
 
 class Emotion2VecForAudioClassification(Emotion2VecPreTrainedModel):
@@ -432,7 +429,7 @@ class Emotion2VecForAudioClassification(Emotion2VecPreTrainedModel):
 
     def __init__(self, config: Emotion2VecConfig) -> None:
         super().__init__(config)
-        config.custom_pipelines = {task: dict(spec) for task, spec in CUSTOM_PIPELINES.items()}
+        config.custom_pipelines = {"audio-classification": PIPELINE | {"type": "multimodal"}}
         self.emotion2vec = Emotion2VecModel(config)
         self.classifier = nn.Linear(config.hidden_size, len(config.labels))
         self.post_init()
@@ -456,10 +453,8 @@ class Emotion2VecForAudioClassification(Emotion2VecPreTrainedModel):
         """
         outputs = self.emotion2vec(input_values, attention_mask, output_hidden_states)
         states = outputs.last_hidden_state
-        own = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        if attention_mask is not None:
-            own = self.emotion2vec.own_frames(attention_mask, states.shape[1])
-        embeddings = masked_mean(states, own)
+        mask = torch.ones_like(input_values) if attention_mask is None else attention_mask
+        embeddings = masked_mean(states, self.emotion2vec.own_frames(mask))
         logits = self.classifier(embeddings)
         unused = [label in self.config.unused_labels for label in self.config.labels]
         if any(unused):
@@ -482,31 +477,20 @@ class Emotion2VecForAudioClassification(Emotion2VecPreTrainedModel):
         return logits.float().softmax(-1)
 
 
-def alibi_slopes(heads: int) -> list[float]:
-    """Fall of the attention's score per frame of distance, by head (https://arxiv.org/abs/2108.12409).
-
-    2^(-8 i / n) for n heads, a power of two; for other numbers those of the power below, then every other one of the
-    power above.
-    """
-    below = 2 ** int(math.log2(heads)) if heads else 0
-    slopes = [2 ** (-8 * (i + 1) / below) for i in range(below)]
-    between = [2 ** (-8 * (i + 1) / (2 * below)) for i in range(0, 2 * below, 2)]
-    return slopes + between[: heads - below]
-
-
 def _norm(config: Emotion2VecConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, config.layer_norm_eps, elementwise_affine=config.layer_norm_affine)
 
 
 # So that a system with this encoder, or a backbone's folder, loads with these classes and runs no other code.
 AutoConfig.register(Emotion2VecConfig.model_type, Emotion2VecConfig, exist_ok=True)
-AutoFeatureExtractor.register(Emotion2VecConfig, Emotion2VecFeatureExtractor, exist_ok=True)
-AutoModel.register(Emotion2VecConfig, Emotion2VecModel, exist_ok=True)
-AutoModelForAudioClassification.register(Emotion2VecConfig, Emotion2VecForAudioClassification, exist_ok=True)
+for auto, own in (
+    (AutoFeatureExtractor, Emotion2VecFeatureExtractor),
+    (AutoModel, Emotion2VecModel),
+    (AutoModelForAudioClassification, Emotion2VecForAudioClassification),
+):
+    auto.register(Emotion2VecConfig, own, exist_ok=True)
+    own.register_for_auto_class(auto.__name__)
 Emotion2VecConfig.register_for_auto_class()
-Emotion2VecFeatureExtractor.register_for_auto_class()
-Emotion2VecModel.register_for_auto_class("AutoModel")
-Emotion2VecForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
 
 __all__ = [
     "Emotion2VecConfig",

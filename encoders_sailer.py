@@ -24,9 +24,9 @@ from transformers.utils import (
     logging,
 )
 
-logger = logging.get_logger(__name__)
+from .encoders_emotion2vec import Emotion2VecModel
 
-from .encoders_emotion2vec import Emotion2VecModel  # noqa: F401 - "emotion2vec" backbones load as this, and it travels
+logger = logging.get_logger(__name__)
 
 # Their states were shown (tests/test_encoders.py) not to change with padding, if `masks_padding` holds.
 MASKED = ("emotion2vec", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm")
@@ -408,6 +408,8 @@ def _unloadable(source: str | os.PathLike, error: Exception) -> ValueError:
 def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     if config.model_type == "whisper":
         return VariableLengthWhisperEncoder
+    if config.model_type == "emotion2vec":
+        return Emotion2VecModel  # whatever code a folder brings
     encoders: Any = AutoModel._model_mapping  # transformers says pairs, for what may have a slow and a fast class
     try:
         return encoders[type(config)]

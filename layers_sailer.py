@@ -1,7 +1,9 @@
-"""What stands between the towers and the outputs, in the order data flows, the outputs and the plain loss."""
+"""What stands between the towers and the outputs, in the order data flows, the outputs and the plain loss; and what an
+encoder of our own is built of."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 UNKNOWN_LABEL = -100
+LEAST_SCORE = -30000.0  # so low that the softmax is zero, and within half precision's range
 
 
 class LayerWeights(nn.Module):
@@ -77,6 +80,81 @@ class PredictionHead(nn.Sequential):
 
     def __init__(self, width: int, hidden_size: int, outputs: int) -> None:
         super().__init__(nn.Linear(width, hidden_size), nn.ReLU(), nn.Linear(hidden_size, outputs))
+
+
+class FeedForward(nn.Module):
+    """A transformer block's two linear layers with GELU between: (..., width) -> (..., width)."""
+
+    def __init__(self, width: int, intermediate_size: int, dropout: float) -> None:
+        super().__init__()
+        self.intermediate_dense = nn.Linear(width, intermediate_size)
+        self.intermediate_dropout = nn.Dropout(dropout)
+        self.output_dense = nn.Linear(intermediate_size, width)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.output_dense(self.intermediate_dropout(nn.functional.gelu(self.intermediate_dense(states))))
+
+
+class FrameConv1d(nn.Conv1d):
+    """A convolution over frames (batch, frames, width) that stay so.
+
+    As an image of one row whose channels come last: on a CPU it takes less than half the time of what torch makes of
+    it otherwise, transposing before and after.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, inputs) -> (batch, frames, outputs)."""
+        kernel = self.weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        image, padding = input.transpose(1, 2).unsqueeze(2), (0, *self.padding)
+        image = nn.functional.conv2d(image, kernel, self.bias, (1, *self.stride), padding, groups=self.groups)
+        return image.squeeze(2).transpose(1, 2)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Fall of the attention's score per frame of distance, by head (https://arxiv.org/abs/2108.12409).
+
+    2^(-8 i / n) for n heads, a power of two; for other numbers those of the power below, then every other one of the
+    power above.
+    """
+    below = 2 ** int(math.log2(heads)) if heads else 0
+    slopes = [2 ** (-8 * (i + 1) / below) for i in range(below)]
+    between = [2 ** (-8 * (i + 1) / (2 * below)) for i in range(0, 2 * below, 2)]
+    return slopes + between[: heads - below]
+
+
+def alibi_bias(slopes: torch.Tensor, positions: int, tokens: int, own: torch.Tensor | None = None) -> torch.Tensor:
+    """What is added to the attention's scores: ALiBi, falling to both sides, and nothing for padding to see.
+
+    Args:
+        slopes: (heads,).
+        positions: of `tokens`, which have no place and stand first, and frames.
+        own: (batch, frames), true on each clip's own; all of them by default.
+
+    Returns:
+        (batch or 1, heads, positions, positions).
+    """
+    place = torch.arange(positions - tokens, device=slopes.device)
+    distance = (place - place.unsqueeze(1)).abs().to(slopes.dtype)
+    bias = -(slopes[:, None, None] * nn.functional.pad(distance, (tokens, 0, tokens, 0))).unsqueeze(0)
+    if own is None:
+        return bias
+    visible = nn.functional.pad(own, (tokens, 0), value=True)[:, None, None]
+    return bias.masked_fill(~visible, LEAST_SCORE)
+
+
+def one_below_the_other(states: torch.Tensor, sizes: list[int], longest: int) -> torch.Tensor:
+    """Clips one after the other (1, all, width) -> (batch, longest, width), zeros behind each."""
+    rows = states[0].split(sizes)
+    return torch.stack([nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+
+
+def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
+    """A branch (batch, frames, width) without some of the clips, the others scaled so that the mean stays: stochastic
+    depth (https://arxiv.org/abs/1603.09382)."""
+    if rate == 0:
+        return branch
+    kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= rate
+    return branch * kept / (1 - rate)
 
 
 @dataclass
@@ -153,12 +231,18 @@ def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 __all__ = [
     "AudioProjection",
+    "FeedForward",
+    "FrameConv1d",
     "LayerWeights",
     "PredictionHead",
     "SailerClassifierOutput",
     "SailerEnsembleOutput",
     "SailerModelOutput",
+    "alibi_bias",
+    "alibi_slopes",
+    "drop_path",
     "masked_mean",
+    "one_below_the_other",
     "plain_loss",
     "pool_frames",
     "pool_states",

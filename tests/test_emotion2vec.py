@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import layer_norm
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
 
 from sailer import SpeechEmotionPipeline
@@ -22,6 +23,7 @@ from sailer.encoders_emotion2vec import (
 )
 from sailer.hub.conversion import ConversionError, convert
 from sailer.hub.publishing import check_system
+from sailer.layers_sailer import drop_path
 
 from .emotion2vec_checkpoints import AUDIO, CONVOLUTIONS, TOKENS, options_with, plainly, tensors_of, write
 from .sounds import noise
@@ -92,7 +94,9 @@ def test_the_numbers_are_funasrs(name: str, shared: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("model_options", "audio_options"), UNUSUAL, ids=str)
-def test_any_shape_of_it(model_options: dict[str, Any], audio_options: dict[str, Any], tmp_path: Path) -> None:
+def test_any_shape_of_it(
+    model_options: dict[str, Any], audio_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside the same model written down plainly: each option moves the numbers, or a wrong one would pass unseen."""
     convolutions = OTHER_CONVOLUTIONS if audio_options.get("num_extra_tokens") == 0 else CONVOLUTIONS
     options = options_with(model_options, **audio_options, feature_encoder_spec=str(convolutions))
@@ -107,14 +111,21 @@ def test_any_shape_of_it(model_options: dict[str, Any], audio_options: dict[str,
         for clip in clips
     ]
     together = own_frames(model, extractor(clips, sampling_rate=16000, padding=True, return_tensors="pt"))
-    for clip, one, other in zip(clips, alone, together, strict=True):
+    monkeypatch.setattr(Emotion2VecModel, "_is_packed", lambda *_: False)  # as on a GPU, in training and in graphs
+    padded = own_frames(model, extractor(clips, sampling_rate=16000, padding=True, return_tensors="pt"))
+    for clip, one, other, masked in zip(clips, alone, together, padded, strict=True):
         expected = plainly(options, tensors, clip, convolutions).numpy()
         assert one.shape == expected.shape and np.abs(expected).max() > 0.5
         np.testing.assert_allclose(one, expected, atol=1e-5)
         np.testing.assert_allclose(other, expected, atol=1e-5)
+        np.testing.assert_allclose(masked, expected, atol=1e-5)
 
 
-def test_what_stands_beyond_a_clip_is_never_heard(converted: Path) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_stands_beyond_a_clip_is_never_heard(
+    packed: bool, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Emotion2VecModel, "_is_packed", lambda *_: packed)
     model = Emotion2VecModel.from_pretrained(converted).eval()
     inputs = Emotion2VecFeatureExtractor()(
         [noise(0.7), noise(1.9, 1)], sampling_rate=16000, padding=True, return_tensors="pt"
@@ -413,11 +424,18 @@ def test_its_options_are_checked() -> None:
 
 
 def test_dropped_paths_keep_the_mean() -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "prenet_layers": 0, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 8, "conv_dim": [4] * 7, "conv_pos_groups": 2}
-    layer = Emotion2VecModel(Emotion2VecConfig(**sizes, drop_path_rates=[0.25])).encoder.layers[0].train()
     torch.manual_seed(0)
-    kept = layer._kept(torch.ones(4000, 2, 3))
+    kept = drop_path(torch.ones(4000, 2, 3), 0.25)
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3]) and kept.mean() == pytest.approx(1, abs=0.03)
     assert all(len(row.unique()) == 1 for row in kept[:50])
-    assert torch.equal(layer.eval()._kept(torch.ones(2, 2, 3)), torch.ones(2, 2, 3))
+
+
+def test_paths_are_dropped_in_training_alone() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "prenet_layers": 0, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 8, "conv_dim": [4] * 7, "conv_pos_groups": 2, "hidden_dropout": 0.0}
+    sizes |= {"attention_dropout": 0.0, "feed_forward_dropout": 0.0, "drop_path_rates": [0.999999]}
+    layer = Emotion2VecModel(Emotion2VecConfig(**sizes)).encoder.layers[0].train()
+    states, bias = torch.randn(2, 5, 8), torch.zeros(1, 2, 5, 5)
+    normal = layer_norm(layer_norm(states, (8,)), (8,))
+    torch.testing.assert_close(layer(states, bias, None), normal)
+    assert (layer.eval()(states, bias, None) - normal).abs().max() > 0.01

@@ -49,7 +49,7 @@ for name, arguments in ((system, {}), (system, {"task": "audio-classification"})
 torch.save(outputs, answers)
 print(json.dumps(results, default=lambda array: array.tolist()))
 """
-CODE = {path.name for path in Path(__file__).resolve().parents[1].glob("*_sailer.py")}
+CODE = {path.name for path in Path(__file__).resolve().parents[1].glob("*_sailer.py")} | {"encoders_emotion2vec.py"}
 
 
 @pytest.fixture
