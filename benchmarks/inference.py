@@ -1,14 +1,17 @@
-"""Inference, as ratios in one run: the pipeline, the authors' code with the same weights, and the encoder alone.
+"""Inference in every backend and precision beside the authors' code, as ratios in one run.
 
-    python benchmarks/inference.py [--options]
+    python benchmarks/inference.py [--system FOLDER]
 
 Every side is a process of its own, idle while another works; rounds take turns, and medians are compared. The sides,
 each from files to probabilities: `authors` is PyPI's hyperion-voxprofile in an environment that this script makes once
-(CUDA calls patched out; it takes one clip at a time and pads it to 15 s); `pipeline` is SpeechEmotionPipeline; `bound`
-is what nobody can save: decoding, log-mel and the bare encoder at the clips' own lengths, sorted by length where they
-are batched. `--options` measures bfloat16, dynamic int8 and torch.compile too. The weights are Whisper base's (random
-where --backbone is not there) under random heads. Memory is the highest of each process over the short clips. Takes
-about four minutes.
+(CUDA calls patched out; it takes one clip at a time and pads it to 15 s); the others are `sailer.load` in a backend
+and precision, at the clips' own lengths, batches with two threads that decode ahead. The bound is what nobody can save
+in float32: decoding, log-mel, and the encoder's floating-point operations at the rate that oneDNN's product has at the
+encoder's own shapes, measured too.
+The weights are Whisper base's (random where --backbone is not there) under random heads. With `--system`, a trained
+RAVDESS system, the backends' probabilities on --accuracy_clips of its clips are compared with torch's in float32.
+Memory is the highest of each process, start-up runs from the process's start to its first result, with an export that
+is there already. Takes about five minutes.
 """
 
 from __future__ import annotations
@@ -31,15 +34,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parts.bounds import bound
+from parts.clips import SECONDS, choose_clips, write_long_clips
+from parts.peers import PEER, authors, make_checkpoint, make_peer
+from parts.sides import Side, take_turns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-PEER_PACKAGES = ("transformers==4.46.3", "huggingface_hub<1", "numpy<2.3", "loralib", "librosa", "soundfile")
-PEER = "hyperion-voxprofile==0.1.0"
-RATE, SECONDS = 16000, 15
-PIPELINES = {"pipeline, batch 1": 1, "pipeline, batch 8": 8}
-BOUNDS = {"bound, batch 1": 1, "bound, batch 8": 8}
-PADDED = "pipeline, padded to 15 s as the authors' models are"
-OPTIONS = ("bfloat16", "dynamic int8", "torch.compile")
+# By name: backend, precision, batch size.
+SIDES: dict[str, tuple[str, str, int]] = {
+    "torch float32, batch 1": ("torch", "float32", 1),
+    "torch float32": ("torch", "float32", 8),
+    "torch bfloat16": ("torch", "bfloat16", 8),
+    "onnx float32": ("onnx", "float32", 8),
+    "onnx int8": ("onnx", "int8", 8),
+    "openvino float32": ("openvino", "float32", 8),
+    "openvino bfloat16": ("openvino", "bfloat16", 8),
+    "openvino int8": ("openvino", "int8", 8),
+}
+PLAIN = "torch float32"
+PADDED = "torch, padded to 15 s as the authors' models are"
+FILES = {
+    "torch": "*.safetensors",
+    "onnx float32": "onnx/model.onnx*",
+    "onnx int8": "onnx_int8/model_int8.onnx*",
+    "openvino": "onnx/model.onnx*",
+    "openvino int8": "openvino_int8/openvino_model.*",
+}
 
 
 def main() -> None:
@@ -49,9 +69,10 @@ def main() -> None:
         "--backbone", type=Path, default=SHARED / "models" / "whisper-base-encoder", help="Whisper base"
     )
     parser.add_argument("--peer_env", type=Path, default=Path.home() / ".cache" / "sailer" / "hyperion-voxprofile")
+    parser.add_argument("--system", type=Path, help="a trained RAVDESS system, for how exact the backends are")
+    parser.add_argument("--accuracy_clips", type=int, default=240)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--options", action="store_true", help="measure bfloat16, int8 and torch.compile too")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -69,128 +90,64 @@ def measure(arguments: argparse.Namespace, folder: Path, peer_python: Path) -> N
     """Prepare clips and weights in `folder`, run all sides, print."""
     clips = choose_clips(arguments.corpus, arguments.clips)
     long = write_long_clips(clips, folder / "long", number=max(2, arguments.clips // 8))
-    (folder / "clips.json").write_text(json.dumps({"short": list(map(str, clips)), "long": list(map(str, long))}))
+    sets = {"short": clips, "long": long, "accuracy": choose_clips(arguments.corpus, arguments.accuracy_clips)}
+    (folder / "clips.json").write_text(json.dumps({name: list(map(str, paths)) for name, paths in sets.items()}))
     backbone = arguments.backbone if arguments.backbone.is_dir() else None
     (folder / "backbone.json").write_text(json.dumps(None if backbone is None else str(backbone.resolve())))
+    (folder / "system.json").write_text(json.dumps(arguments.system and str(arguments.system.resolve())))
     make = [peer_python, __file__, "--worker", "make checkpoint", folder]
     subprocess.run(list(map(str, make)), check=True, capture_output=True)
     convert_checkpoint(folder)
-
-    sides = {"authors": Side("authors", folder, peer_python)}
-    sides |= {name: Side(name, folder) for name in (*BOUNDS, *PIPELINES, PADDED)}
-    outputs = {name: sides[name].run("outputs") for name in ("authors", PADDED, *PIPELINES)}
-    sides.pop(PADDED).close()
-    for name in BOUNDS:
-        sides[name].run("short")  # warm-up; the others have had theirs
-    seconds = take_turns(sides, "short", arguments.rounds)
-    memory = {name: side.run("memory") for name, side in sides.items()}
-    long_seconds = take_turns(sides, "long", arguments.rounds, warm_up=True)
-    for name, side in sides.items():
-        if name != "pipeline, batch 8":
-            side.close()
-
     print_header(arguments, clips, backbone)
-    durations = {"short": len(clips), "long": len(long)}
-    print(f"\n{'':22}{'clips/s':>9}{'x authors':>11}{'x bound':>9}{'peak MB':>9}{'x authors':>11}{'15 s clips/s':>14}"
-          f"{'x authors':>11}{'x bound':>9}")  # fmt: skip
-    for name in sides:
-        bound = name.replace("pipeline", "bound") if name.startswith("pipeline") else None
-        cells = [f"{name:22}", f"{durations['short'] / seconds[name]:9.2f}"]
-        cells += [ratio(seconds, "authors", name, 11), ratio(seconds, bound, name, 9)]
-        cells += [f"{memory[name]:9.0f}", f"{memory[name] / memory['authors']:11.2f}"]
-        cells += [f"{durations['long'] / long_seconds[name]:14.2f}"]
-        cells += [ratio(long_seconds, "authors", name, 11), ratio(long_seconds, bound, name, 9)]
-        print("".join(cells))
-    print("\nProbabilities, largest difference over all clips and classes (and clips with the same first class):")
-    compare("padded pipeline - authors", outputs[PADDED], outputs["authors"])
-    compare("batch 8 - batch 1", outputs["pipeline, batch 8"], outputs["pipeline, batch 1"])
-    compare("masked - padded", outputs["pipeline, batch 1"], outputs[PADDED])
-    if arguments.options:
-        measure_options(sides["pipeline, batch 8"], folder, outputs["pipeline, batch 8"], len(clips), arguments.rounds)
-    sides["pipeline, batch 8"].close()
 
-
-def measure_options(plain: Side, folder: Path, outputs: np.ndarray, clips: int, rounds: int) -> None:
-    """Precision and compilation, at batch 8, beside the plain pipeline."""
-    print("\nOptions, at batch 8 (torch.compile's time to compile is not counted):")
-    for option in OPTIONS:
+    script, sides, absent = Path(__file__), {}, []
+    sides["authors"] = Side("authors", script, folder, peer_python)
+    for name in SIDES:
+        Side(name, script, folder).close()  # what is made once is there then
         try:
-            side = Side(f"pipeline, {option}", folder)
-            changed = side.run("outputs")
-            seconds = take_turns({"plain": plain, option: side}, "short", rounds)
-            gain, memory = seconds["plain"] / seconds[option], side.run("memory")
-            print(f"{option}: {clips / seconds[option]:.2f} clips/s, {gain:.2f} x float32, peak {memory:.0f} MB")
-            compare("  probabilities against float32", changed, outputs)
-            side.close()
+            sides[name] = Side(name, script, folder)
         except RuntimeError as error:
-            print(f"{option}: not here ({str(error).strip().splitlines()[-1][:150]})")
+            absent.append(f"{name}: not here ({str(error).strip().splitlines()[-1][:150]})")
+    padded, theirs = (side.run("outputs") for side in (Side(PADDED, script, folder), sides["authors"]))
+    seconds = {name: take_turns(sides, name, arguments.rounds, warm_up=True) for name in ("short", "long")}
+    memory = {name: side.run("memory") for name, side in sides.items()}
+    sides["bound"] = Side("bound", script, folder)
+    parts = {name: sides["bound"].run(name) for name in ("short", "long")}
+    bounds = {name: sum(part[step] for step in ("decoding", "log-mel", "encoder")) for name, part in parts.items()}
+
+    print(f"\n{'':23}{'clips/s':>9}{'x authors':>11}{'x bound':>9}{'15 s: /s':>10}{'x authors':>11}{'x bound':>9}"
+          f"{'peak MB':>9}{'disk MB':>9}{'start s':>9}")  # fmt: skip
+    for name in ("authors", *(name for name in SIDES if name in sides)):
+        row = f"{name:23}"
+        for task, number, wide in (("short", len(clips), 9), ("long", len(long), 10)):
+            taken = seconds[task]
+            row += f"{number / taken[name]:{wide}.2f}{taken['authors'] / taken[name]:11.2f}"
+            row += f"{bounds[task] / taken[name]:9.2f}"
+        print(row + f"{memory[name]:9.0f}{size_on_disk(name, folder):9.0f}{sides[name].start_up:9.1f}")
+    for task, part in parts.items():
+        number = len(sets[task])
+        told = ", ".join(f"{step} {1000 * part[step] / number:.1f} ms" for step in ("decoding", "log-mel", "encoder"))
+        print(f"bound, {task}: {number / bounds[task]:.2f} clips/s: {told} a clip ({part['operations']:.1f} G"
+              f" operations at {part['gigaflops']:.0f} GFLOP/s)")  # fmt: skip
+    print(*absent, sep="\n")
+    print("Probabilities, largest difference over all clips and classes (and clips with the same first class):")
+    compare("torch, padded - authors", np.array(padded), np.array(theirs))
+    if arguments.system is not None:
+        print(f"On {arguments.system.name}, {arguments.accuracy_clips} clips, against torch in float32:")
+        exact = np.array(sides[PLAIN].run("accuracy"))
+        for name in SIDES:
+            if name in sides and name != PLAIN:
+                compare(f"  {name}", np.array(sides[name].run("accuracy")), exact)
+    for side in sides.values():
+        side.close()
 
 
-class Side:
-    """A process that does one side's work when asked, and nothing otherwise."""
-
-    def __init__(self, name: str, folder: Path, python: Path | str = sys.executable) -> None:
-        self.name, self.log = name, folder / f"{name.replace(' ', '_').replace('/', '_')}.log"
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            [str(python), __file__, "--worker", name, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env=environment,
-            text=True,
-        )
-        self._answer()  # ready
-
-    def run(self, task: str) -> Any:
-        """Seconds for "short" or "long", megabytes for "memory", an array (clips, labels) for "outputs"."""
-        print(task, file=self.process.stdin, flush=True)
-        answer = self._answer()
-        return np.array(answer) if task == "outputs" else answer
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            raise RuntimeError(f"{self.name} failed:\n{self.log.read_text()[-3000:]}")
-        return json.loads(line)
-
-
-def take_turns(sides: dict[str, Side], task: str, rounds: int, warm_up: bool = False) -> dict[str, float]:
-    """Median seconds of each side over rounds in which all take their turn."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(rounds + warm_up):
-        for name, side in sides.items():
-            seconds = side.run(task)
-            if index >= warm_up:
-                taken[name].append(seconds)
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def choose_clips(corpus: Path, number: int) -> list[Path]:
-    """That many clips, spread evenly over the speakers and emotions."""
-    files = sorted(path for path in corpus.rglob("*") if path.suffix in (".ogg", ".wav"))
-    if len(files) < number:
-        raise SystemExit(f"{corpus} has {len(files)} clips and {number} are wanted: name RAVDESS with --corpus.")
-    # Equal steps would meet the same emotion of each speaker, because all have as many clips.
-    return [files[(index * len(files) // number + index % 7) % len(files)] for index in range(number)]
-
-
-def write_long_clips(clips: list[Path], folder: Path, number: int) -> list[Path]:
-    """Clips of exactly 15 s, of short ones in a row."""
-    import soundfile
-
-    folder.mkdir()
-    paths = [folder / f"{index}.flac" for index in range(number)]
-    for index, path in enumerate(paths):
-        parts = [soundfile.read(clips[(index * 5 + part) % len(clips)])[0] for part in range(8)]
-        soundfile.write(path, np.concatenate(parts)[: SECONDS * RATE], RATE)
-    return paths
+def size_on_disk(side: str, folder: Path) -> float:
+    """Megabytes of a side's weights."""
+    if side == "authors":
+        return sum(path.stat().st_size for path in (folder / "checkpoint").glob("*.safetensors")) / 1e6
+    pattern = FILES.get(side) or FILES[side.split()[0]]
+    return sum(path.stat().st_size for path in (folder / "masked").glob(pattern)) / 1e6
 
 
 def convert_checkpoint(folder: Path) -> None:
@@ -206,44 +163,37 @@ def convert_checkpoint(folder: Path) -> None:
     SailerProcessor(WhisperFeatureExtractor()).save_pretrained(folder / "masked")
 
 
-def make_peer(folder: Path) -> Path:
-    """Python of an environment with the authors' code, made once."""
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    if not stamp.is_file():
-        print(f"Installing {PEER} into {folder} (once)...", flush=True)
-        torch = f"torch=={version('torch').split('+')[0]}"
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, torch, *PEER_PACKAGES], check=True)
-        subprocess.run([*install, "--no-deps", PEER], check=True)
-        stamp.touch()
-    return python
-
-
 def print_header(arguments: argparse.Namespace, clips: list[Path], backbone: Path | None) -> None:
     import soundfile
 
     mean = statistics.mean(soundfile.info(clip).duration for clip in clips)
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    packages = ", ".join(f"{name} {version(name)}" for name in ("sailer", "torch", "transformers"))
+    names = ("sailer", "torch", "transformers", "onnxruntime", "openvino")
+    packages = ", ".join(f"{name} {version(name)}" for name in names if found(name))
     hardware = f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}"
     print(f"{datetime.now():%Y-%m-%d}, {hardware}; {packages}; against {PEER}")
     print("python " + " ".join([*sys.argv]))
     weights = "released" if backbone else "random"
     print(
-        f"{len(clips)} RAVDESS clips (mean {mean:.2f} s), Whisper base ({weights} weights), float32, 15 s clips beside"
+        f"{len(clips)} RAVDESS clips (mean {mean:.2f} s), Whisper base ({weights} weights), {SECONDS} s clips beside, "
+        f"batch 8 where not told; medians of {arguments.rounds} rounds",
+        flush=True,
     )
-    print(f"medians of {arguments.rounds} rounds")
 
 
-def ratio(seconds: dict[str, float], baseline: str | None, name: str, width: int) -> str:
-    return f"{seconds[baseline] / seconds[name]:{width}.2f}" if baseline in seconds else " " * width
+def found(package: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def compare(what: str, one: np.ndarray, other: np.ndarray) -> None:
     """One line on how far probabilities (clips, labels) are apart."""
     same = (one.argmax(1) == other.argmax(1)).mean()
-    print(f"{what}: {np.abs(one - other).max():.1e} ({same:.0%}); for scale, they vary by {other.std(0).max():.1e}")
+    print(f"{what}: {np.abs(one - other).max():.1e} ({same:.1%}); for scale, they vary by {other.std(0).max():.1e}")
 
 
 # ---- the sides; imports are theirs alone, because the authors' code runs with other packages
@@ -261,12 +211,11 @@ def work(side: str, directory: str) -> None:
         make_checkpoint(folder)
         return
     clips = json.loads((folder / "clips.json").read_text())
-    if side == "authors":
-        classify = authors(folder)
-    elif side in BOUNDS:
-        classify = bound(folder, BOUNDS[side])
+    if side == "bound":
+        classify: Callable = bound(folder / "masked", 8)
     else:
-        classify = ours(folder, side)
+        classify = authors(folder) if side == "authors" else ours(folder, side)
+        classify(clips["short"][:1])
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=answers, flush=True)
@@ -278,121 +227,39 @@ def work(side: str, directory: str) -> None:
             answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         elif task == "outputs":
             answer(classify(clips["short"]))
+        elif task == "accuracy":
+            answer(ours(folder, side, json.loads((folder / "system.json").read_text()))(clips[task]))
+        elif side == "bound":
+            answer(classify(clips[task]))
         else:
             start = time.perf_counter()
             classify(clips[task])
             answer(time.perf_counter() - start)
 
 
-def ours(folder: Path, side: str) -> Callable[[list[str]], list[list[float]]]:
-    import torch
+def ours(folder: Path, side: str, system: str | None = None) -> Callable[[list[str]], list[list[float]]]:
+    """The pipeline of a side, on the benchmark's weights or on a trained system."""
+    import sailer
 
-    from sailer import SailerForAudioClassification, SailerProcessor, SpeechEmotionPipeline
-
-    mode = "padded" if side == PADDED else "masked"
-    dtype = torch.bfloat16 if "bfloat16" in side else torch.float32
-    model = SailerForAudioClassification.from_pretrained(folder / mode, dtype=dtype).eval()
-    if "int8" in side:
-        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
-    if "compile" in side:
-        model.sailer.audio_encoder.compile(dynamic=True)
-    processor = SailerProcessor.from_pretrained(folder / mode)
-    classifier = SpeechEmotionPipeline(
-        model=model, processor=processor, device="cpu", batch_size=PIPELINES.get(side, 8)
+    backend, precision, batch_size = SIDES.get(side, ("torch", "float32", 8))
+    source = system or folder / ("padded" if side == PADDED else "masked")
+    cache = folder / "cache"
+    classifier = sailer.load(
+        source,
+        backend=backend,
+        precision=precision,
+        cache_dir=cache,
+        device="cpu",
+        batch_size=batch_size,
+        num_workers=2 if batch_size > 1 else 0,
     )
-    labels = model.config.labels
+    labels = classifier.model.config.labels
 
     def classify(clips: list[str]) -> list[list[float]]:
         results = [{row["label"]: row["score"] for row in result} for result in classifier(clips)]
         return [[result[label] for label in labels] for result in results]
 
     return classify
-
-
-def bound(folder: Path, batch_size: int) -> Callable[[list[str]], None]:
-    import soundfile
-    import torch
-    from transformers import WhisperFeatureExtractor
-
-    from sailer import SailerForAudioClassification
-
-    encoder = SailerForAudioClassification.from_pretrained(folder / "masked").eval().sailer.audio_encoder
-    extractor = WhisperFeatureExtractor()
-
-    @torch.inference_mode()
-    def encode(clips: list[str]) -> None:
-        waves = [soundfile.read(clip, dtype="float32")[0] for clip in clips]
-        if batch_size > 1:
-            waves.sort(key=len)
-        for start in range(0, len(waves), batch_size):
-            batch = waves[start : start + batch_size]
-            features = extractor(batch, sampling_rate=RATE, padding="longest", return_tensors="pt")["input_features"]
-            encoder(features)
-
-    return encode
-
-
-def authors(folder: Path) -> Callable[[list[str]], list[list[float]]]:
-    import soundfile
-    import torch
-
-    wrapper = authors_class(folder)
-    model = wrapper.from_pretrained(str(folder / "checkpoint")).eval()
-
-    @torch.no_grad()
-    def classify(clips: list[str]) -> list[list[float]]:
-        results = []
-        for clip in clips:
-            wave = torch.from_numpy(soundfile.read(clip, dtype="float32")[0])
-            results.append(model(wave[None])[0].softmax(-1)[0].tolist())
-        return results
-
-    return classify
-
-
-def authors_class(folder: Path) -> Any:
-    """Their class, without CUDA and without downloads."""
-    import torch
-    import transformers
-
-    settings = json.loads((folder / "backbone.json").read_text())
-    size = {"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "vocab_size": 51865}
-    size |= {f"{part}_attention_heads": 8 for part in ("encoder", "decoder")}
-    size |= {f"{part}_ffn_dim": 2048 for part in ("encoder", "decoder")}
-
-    def backbone(name: str, max_source_positions: int, **_: Any) -> Any:
-        config = transformers.WhisperConfig(**size, max_source_positions=max_source_positions)
-        (folder / "checkpoint").mkdir(exist_ok=True)
-        (folder / "checkpoint" / "backbone_config.json").write_text(config.to_json_string(use_diff=False))
-        model = transformers.WhisperModel(config)
-        if settings is not None and not (folder / "checkpoint" / "model.safetensors").exists():
-            from safetensors.torch import load_file
-
-            stored = load_file(Path(settings) / "model.safetensors")
-            tensors = {name.removeprefix("model.encoder."): tensor.float() for name, tensor in stored.items()}
-            tensors["embed_positions.weight"] = tensors["embed_positions.weight"][:max_source_positions]
-            model.encoder.load_state_dict(tensors)
-        return model
-
-    def extractor(name: str, chunk_length: int) -> Any:
-        return transformers.WhisperFeatureExtractor(chunk_length=chunk_length)
-
-    torch.Tensor.cuda = lambda self, *arguments, **options: self
-    transformers.WhisperModel.from_pretrained = staticmethod(backbone)
-    transformers.AutoFeatureExtractor.from_pretrained = staticmethod(extractor)
-    from vox_profile.model.emotion.whisper_emotion import WhisperWrapper
-
-    return WhisperWrapper
-
-
-def make_checkpoint(folder: Path) -> None:
-    """A checkpoint in the authors' format, written by their code: pre-trained encoder, random heads."""
-    import torch
-
-    model = authors_class(folder)(pretrain_model="whisper_base", finetune_method="frozen", output_class_num=9)
-    with torch.no_grad():
-        model.emotion_layer[2].weight.mul_(256)  # so that probabilities differ between clips
-    model.save_pretrained(folder / "checkpoint")
 
 
 if __name__ == "__main__":
