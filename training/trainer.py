@@ -70,7 +70,8 @@ class SailerTrainer(Trainer):
         # Kept from Trainer, which would align the special tokens of a text generator with its tokenizer.
         self.processor = processing_class
         super().__init__(model, args, **trainer_arguments)
-        self.objective: SailerObjective = objective.to(self.args.device)
+        # Not `objective`, which Trainer's hyperparameter search sets to a figure.
+        self.training_objective: SailerObjective = objective.to(self.args.device)
         self.label_set = label_set or LabelSet()
         self.manifold_mixup = manifold_mixup
         self.evaluation_collator = evaluation_collator or self.data_collator
@@ -95,8 +96,8 @@ class SailerTrainer(Trainer):
         if model.training and self.manifold_mixup:
             inputs, targets = self._mix_up(inputs, targets)
         outputs = model(**inputs, output_hidden_states=False, return_dict=True)
-        self.objective.train(model.training)
-        losses = self.objective(outputs, targets)
+        self.training_objective.train(model.training)
+        losses = self.training_objective(outputs, targets)
         if model.training:
             self._component_batches += 1
             for name, value in losses.items():
@@ -178,12 +179,12 @@ class SailerTrainer(Trainer):
 
         outputs: Any = prediction.predictions
         targets: Any = prediction.label_ids
-        self.objective.eval()
+        self.training_objective.eval()
         tensors = [
             {name: torch.as_tensor(value, device=self.args.device) for name, value in values.items()}
             for values in (outputs, targets)
         ]
-        losses = {name: value.item() for name, value in self.objective(*tensors).items()}
+        losses = {name: value.item() for name, value in self.training_objective(*tensors).items()}
         report = {"loss": losses.pop("loss")} | {f"loss_{name}": value for name, value in losses.items()}
         heads = {
             name: value
