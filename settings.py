@@ -127,6 +127,10 @@ class DataSettings:
     preview: int = 0
     shuffled_label_baseline: bool = False
 
+    def is_test_split(self, name: str) -> bool:
+        """Whether the system is tested on the split of this name."""
+        return name.startswith("test") if self.test_splits is None else name in self.test_splits
+
     def label_set(self) -> LabelSet:
         """The primary label set.
 
@@ -242,6 +246,7 @@ def resolve(
             option came from.
     """
     from sailer.training.arguments import refusal
+    from sailer.training.checks import check_settings
 
     parts = _parts()
     known = {name: hint for part in parts.values() for name, hint in _options(part).items()}
@@ -257,7 +262,7 @@ def resolve(
                 if not isinstance(values.get(option, {}), dict):
                     raise SettingsError(f"Option {name!r} ({source}): {option} is not a mapping.")
                 value = values.get(option, {}) | {key: value}
-            told = f"Option {option!r} ({source}) is {value!r}"
+            told = f"Option {option!r} ({source}) is {'a secret' if option in SECRETS else repr(value)}"
             if reason := refusal(option, value):
                 raise SettingsError(f"{told}: {reason}")
             try:
@@ -270,7 +275,7 @@ def resolve(
     }
     training = _options(parts["training"])
     settings = Settings(**built, given={name: value for name, value in values.items() if name in training})
-    _check(settings)
+    check_settings(settings)
     return settings
 
 
@@ -373,36 +378,6 @@ def _parts() -> dict[str, type]:
 def _options(part: type) -> dict[str, Any]:
     hints = typing.get_type_hints(part)
     return {item.name: hints[item.name] for item in dataclasses.fields(part) if item.init}
-
-
-def _check(settings: Settings) -> None:
-    model, data = settings.model, settings.data
-    if data.cache_features != "off" and not model.freeze_audio:
-        raise SettingsError(
-            f"cache_features is {data.cache_features!r} but freeze_audio is false: only a frozen encoder's states "
-            "can be kept. Set cache_features to off, or freeze_audio to true."
-        )
-    if model.trainable_audio_layers is not None and model.freeze_audio:
-        raise SettingsError(
-            f"trainable_audio_layers is {model.trainable_audio_layers} but freeze_audio is true: set it to false, or "
-            "leave trainable_audio_layers out."
-        )
-    frozen = model.freeze_audio and (model.freeze_text or not model.text_backbone)
-    if settings.training.backbone_learning_rate is not None and frozen and not model.base_model:
-        raise SettingsError(
-            "backbone_learning_rate is set but every backbone is frozen: set freeze_audio (or freeze_text) to false, "
-            "or leave it out."
-        )
-    trains_text = model.base_model or (model.text_backbone and not model.freeze_text)
-    if settings.training.neftune_noise_alpha and not trains_text:
-        raise SettingsError(
-            "neftune_noise_alpha is set but no text encoder trains: set text_backbone, and freeze_text to false, or "
-            "leave it out."
-        )
-    if settings.augmentation.text_dropout and not (model.text_backbone or model.base_model):
-        raise SettingsError(
-            "text_dropout is set but the system has no text encoder: set text_backbone, or text_dropout to 0."
-        )
 
 
 def _parse_value(name: str, text: str) -> Any:

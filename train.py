@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import sys
@@ -28,7 +29,7 @@ from sailer.data.sampler import PlannedDataset
 from sailer.data.statistics import class_counts, shared_speaker_warnings
 from sailer.hub.card import render_card
 from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
-from sailer.training import tiny_backbones
+from sailer.training import checks, tiny_backbones
 from sailer.training.evaluation import (
     baselines,
     calibrate,
@@ -42,6 +43,7 @@ from sailer.training.features import FeatureStore
 from sailer.training.losses import SailerObjective, label_prior, label_weights
 from sailer.training.plots import plot_training
 from sailer.training.shelf import Team
+from sailer.training.trainer import SplitPrediction
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,42 @@ class System:
     label_set: LabelSet
     label_weights: list[float]
     label_prior: list[float]
+
+
+@dataclass
+class Job:
+    """What `prepare` makes and the later stages need."""
+
+    settings: Settings
+    output_dir: Path
+    resolved: str
+    corpus: DatasetDict
+    system: System
+    planned: PlannedDataset
+    shuffled: PlannedDataset | None = None
+    features: FeatureStore | None = None
+    started: float = 0.0
+
+    @property
+    def train_rows(self) -> Dataset:
+        return self.corpus[self.settings.data.train_split]
+
+    @property
+    def validation_rows(self) -> Dataset:
+        return self.corpus[self.settings.data.validation_split]
+
+    @property
+    def test_rows(self) -> dict[str, Dataset]:
+        """The test splits by name, in the corpus's order."""
+        return {name: rows for name, rows in self.corpus.items() if self.settings.data.is_test_split(name)}
+
+
+@dataclass
+class Evaluation:
+    """Figures by split, and what the system says of each test split."""
+
+    metrics: dict[str, Any]
+    predictions: dict[str, SplitPrediction]
 
 
 def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None) -> Path:
@@ -80,76 +118,115 @@ def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None)
 
 def train(settings: Settings) -> Path:
     """Train, evaluate, save and try the system that the settings describe; see `run`."""
+    job = prepare(settings)
+    trainer = fit(job)
+    evaluation = evaluate(job, trainer)
+    return save(job, trainer, evaluation)
+
+
+def prepare(settings: Settings, corpus: DatasetDict | None = None) -> Job:
+    """Check the settings, read the corpus, build the system and keep what its frozen towers say of the clips.
+
+    Args:
+        settings: of the run.
+        corpus: the settings' corpus, where it has been read before.
+
+    Raises:
+        SettingsError: settings that would fail, or do nothing, later on (see `sailer.training.checks`).
+        CorpusError, ValueError: as `run` does.
+    """
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, which take a moment
-    resolved = to_yaml(settings)
-    output_dir = Path(settings.training.output_dir)
+    resolved, output_dir = to_yaml(settings), Path(settings.training.output_dir)
+    label_set = settings.data.label_set()
+    checks.check_before_reading(settings, label_set, output_dir)
     settings.training.output_dir = str(output_dir / CHECKPOINTS)
     set_seed(settings.training.seed)
-
-    label_set = settings.data.label_set()
-    with settings.training.main_process_first(desc="reading the corpus"):
-        corpus = read_corpus(settings.data, label_set)
-    train_rows, validation_rows = corpus[settings.data.train_split], corpus[settings.data.validation_split]
-    test_splits = {name: corpus[name] for name in corpus if name in _test_splits(settings.data, corpus)}
+    if corpus is None:
+        with settings.training.main_process_first(desc="reading the corpus"):
+            corpus = read_corpus(settings.data, label_set)
+    checks.check_corpus(settings, label_set, corpus)
     for name, rows in corpus.items():
         print(f"{name}: {len(rows)} clips, {np.nansum(rows.with_format('numpy')['duration']) / 3600:.2f} h")
-
+    train_rows = corpus[settings.data.train_split]
+    planned = PlannedDataset(train_rows, settings.augmentation, label_set, seed=settings.training.seed)
     system = build_system(settings, label_set, train_rows)
-    trained_on = [train_rows]
+    job = Job(settings, output_dir, resolved, corpus, system, planned, started=started)
     if settings.data.shuffled_label_baseline:
-        trained_on.append(shuffle_labels(train_rows, settings.training.seed))
-    planned = [
-        PlannedDataset(rows, settings.augmentation, label_set, seed=settings.training.seed) for rows in trained_on
-    ]
+        shuffled = shuffle_labels(train_rows, settings.training.seed)
+        job.shuffled = PlannedDataset(shuffled, settings.augmentation, label_set, seed=settings.training.seed)
     if settings.data.preview and settings.training.process_index == 0:
-        folder = preview(planned[0], settings.data.preview, output_dir / "preview", system.processor.sampling_rate)
+        folder = preview(planned, settings.data.preview, output_dir / "preview", system.processor.sampling_rate)
         print(f"{settings.data.preview} augmented clips, their targets and a chart of the classes are in {folder}")
-    features = cache_features(settings, system, [*planned, validation_rows, *test_splits.values()], output_dir)
-    trainer = fit(settings, system, planned[0], validation_rows, features)
+    heard = [planned, *filter(None, [job.shuffled]), job.validation_rows, *job.test_rows.values()]
+    job.features = cache_features(settings, system, heard, output_dir)
+    return job
 
-    validation = trainer.predict(validation_rows)
-    calibrate(system.model, validation)
-    metrics: dict[str, Any] = {"validation": validation.metrics | calibration_report(system.model, validation)}
-    metrics["validation"]["calibration_temperature"] = system.model.config.calibration_temperature
-    baseline_trainer = None
-    if settings.data.shuffled_label_baseline:
-        print("\nBaseline: the same system trained on shuffled labels")
-        set_seed(settings.training.seed)
-        # In a place of its own: it must neither go on from the system's checkpoints nor replace them.
-        settings.training.output_dir = str(output_dir / CHECKPOINTS / "shuffled_labels")
-        settings.training.resume_from_checkpoint = None
-        shuffled = build_system(settings, label_set, train_rows)
-        baseline_trainer = fit(settings, shuffled, planned[1], validation_rows, features)
+
+def evaluate(job: Job, trainer: SailerTrainer) -> Evaluation:
+    """Figures of the validation and test splits, after the temperature has been fitted on the validation split.
+
+    A test split that stands in for a validation split fits no temperature.
+    """
+    model, data = job.system.model, job.settings.data
+    validation = trainer.predict(job.validation_rows)
+    if data.validation_split not in job.test_rows:
+        calibrate(model, validation)
+    metrics: dict[str, Any] = {"validation": validation.metrics | calibration_report(model, validation)}
+    metrics["validation"]["calibration_temperature"] = model.config.calibration_temperature
+    baseline = fit_baseline(job) if job.shuffled else None
     predictions = {}
-    for name, rows in test_splits.items():
+    for name, rows in job.test_rows.items():
         predictions[name] = trainer.predict(rows)
-        metrics[name] = predictions[name].metrics | calibration_report(system.model, predictions[name])
-        if "primary" in system.model.config.heads:
-            metrics[name] |= baselines(train_rows, rows, label_set, baseline_trainer)
-    metrics = {key: without_prefix(figures) for key, figures in metrics.items()}
-    metrics["wall_seconds"] = time.perf_counter() - started
+        metrics[name] = predictions[name].metrics | calibration_report(model, predictions[name])
+        if "primary" in model.config.heads:
+            metrics[name] |= baselines(job.train_rows, rows, job.system.label_set, baseline)
+    return Evaluation({key: without_prefix(figures) for key, figures in metrics.items()}, predictions)
 
-    if trainer.is_world_process_zero():
-        with adding_to_folder(output_dir) as folder:
-            system.model.save_pretrained(folder)
-            system.processor.save_pretrained(folder)
-            write_json(metrics, folder / "metrics.json")
-            write_json(trainer.state.log_history, folder / "training_log.json")
-            (folder / "recipe.yaml").write_text(resolved)
-            plot_training(trainer.state.log_history, folder / "training_curve.png")
-            for name, prediction in predictions.items():
-                if "logits" in prediction.predictions:
-                    path = folder / ("confusion_matrix.png" if len(predictions) == 1 else f"confusion_{name}.png")
-                    logits, labels = prediction.predictions["logits"], prediction.label_ids["consensus"]
-                    draw_confusion(logits, labels, label_set, path)
-            facts = card_facts(settings, output_dir.name, resolved, corpus, label_set, metrics)
-            render_card(facts, folder / "README.md")
-        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
-        for name in ("validation", *test_splits):
-            print(summary(name, metrics[name]))
-        try_out(output_dir, next(iter(test_splits.values()), validation_rows))
-        print(f"\nThe system, its card and its figures are in {output_dir}")
+
+def fit_baseline(job: Job) -> SailerTrainer:
+    """The same system trained afresh on shuffled labels: what chance gives."""
+    print("\nBaseline: the same system trained on shuffled labels")
+    assert job.shuffled is not None
+    # In a place of its own: it must neither go on from the system's checkpoints nor replace them.
+    training = copy.copy(job.settings.training)
+    training.output_dir = str(job.output_dir / CHECKPOINTS / "shuffled_labels")
+    training.resume_from_checkpoint = None
+    set_seed(training.seed)
+    settings = replace(job.settings, training=training)
+    system = build_system(settings, job.system.label_set, job.train_rows)
+    return fit(replace(job, settings=settings, system=system, planned=job.shuffled))
+
+
+def save(job: Job, trainer: SailerTrainer, evaluation: Evaluation) -> Path:
+    """Write the system, its figures, plots and card to the output folder, and try it there.
+
+    Returns:
+        The folder.
+    """
+    metrics: dict[str, Any] = evaluation.metrics | {"wall_seconds": time.perf_counter() - job.started}
+    output_dir, label_set = job.output_dir, job.system.label_set
+    if not trainer.is_world_process_zero():
+        return output_dir
+    with adding_to_folder(output_dir) as folder:
+        job.system.model.save_pretrained(folder)
+        job.system.processor.save_pretrained(folder)
+        write_json(metrics, folder / "metrics.json")
+        write_json(trainer.state.log_history, folder / "training_log.json")
+        (folder / "recipe.yaml").write_text(job.resolved)
+        plot_training(trainer.state.log_history, folder / "training_curve.png")
+        for name, prediction in evaluation.predictions.items():
+            if "logits" in prediction.predictions:
+                path = folder / ("confusion_matrix.png" if len(job.test_rows) == 1 else f"confusion_{name}.png")
+                logits, labels = prediction.predictions["logits"], prediction.label_ids["consensus"]
+                draw_confusion(logits, labels, label_set, path)
+        facts = card_facts(job.settings, output_dir.name, job.resolved, job.corpus, label_set, metrics)
+        render_card(facts, folder / "README.md")
+    shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
+    for name in ("validation", *job.test_rows):
+        print(summary(name, metrics[name]))
+    try_out(output_dir, next(iter(job.test_rows.values()), job.validation_rows))
+    print(f"\nThe system, its card and its figures are in {output_dir}")
     return output_dir
 
 
@@ -234,24 +311,18 @@ def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str |
     return folder / name if (folder / name).is_dir() else makers[name](folder / name)
 
 
-def fit(
-    settings: Settings,
-    system: System,
-    train_dataset: PlannedDataset,
-    validation_rows: Dataset,
-    features: FeatureStore | None = None,
-) -> SailerTrainer:
+def fit(job: Job) -> SailerTrainer:
     """Train the system on clips under augmentation; its best epoch's weights are loaded at the end."""
+    settings, system, args = job.settings, job.system, job.settings.training
     collator = SailerCollator(
         system.processor,
         system.label_set,
         system.model.config.heads,
         max_seconds=settings.model.max_seconds,
         hard_targets=settings.objective.objective == "ce",
-        features=features,
+        features=job.features,
         log_mel=settings.training.device.type == "cpu",
     )
-    args = settings.training
     trainer = SailerTrainer(
         system.model,
         args,
@@ -259,14 +330,19 @@ def fit(
         label_set=system.label_set,
         manifold_mixup=settings.augmentation.manifold_mixup,
         evaluation_collator=replace(collator, hard_targets=False),
-        train_dataset=train_dataset,
-        eval_dataset=validation_rows,
+        train_dataset=job.planned,
+        eval_dataset=job.validation_rows,
         data_collator=collator,
         processing_class=system.processor,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero() and args.load_best_model_at_end:
-        print(f"Best {args.metric_for_best_model} on validation: {trainer.state.best_metric:.4f}")
+        if trainer.state.best_global_step is None:
+            logger.warning(
+                "%s was not defined after any evaluation: the last weights are kept.", args.metric_for_best_model
+            )
+        else:
+            print(f"Best {args.metric_for_best_model} on validation: {trainer.state.best_metric:.4f}")
     return trainer
 
 
@@ -310,19 +386,25 @@ def shuffle_labels(rows: Dataset, seed: int) -> Dataset:
 
 
 def try_out(folder: Path, rows: Dataset, clips: int = 3) -> None:
-    """Load the folder as anyone would, and print what it says of a few unseen clips of different classes."""
-    labels = np.asarray(rows["label"])
-    _, first = np.unique(labels, return_index=True)
-    chosen = [int(i) for i in sorted(first) if labels[i] >= 0][:clips] or list(range(min(clips, len(rows))))
-    classifier = pipeline(None, model=str(folder), trust_remote_code=True)
-    names = classifier.model.config.labels
-    print(f"\npipeline(model={str(folder)!r}, trust_remote_code=True) on unseen clips:")
-    for row in (rows[i] for i in chosen):
-        source = row["audio"]["path"] or row["audio"]["bytes"]
-        scores = classifier({"audio": source, "text": row["transcript"]}, top_k=3)
-        told = ", ".join(f"{score['label']} {score['score']:.2f}" for score in scores)
-        truth = names[row["label"]] if row["label"] >= 0 else "no agreement"
-        print(f"  {row['id']} ({truth}): {told}")
+    """Load the folder as anyone would, and print what it says of a few unseen clips of different classes.
+
+    The run is over and its result is saved: what goes wrong here is told, and fails nothing.
+    """
+    try:
+        labels = np.asarray(rows["label"])
+        _, first = np.unique(labels, return_index=True)
+        chosen = [int(i) for i in sorted(first) if labels[i] >= 0][:clips] or list(range(min(clips, len(rows))))
+        classifier = pipeline(None, model=str(folder), trust_remote_code=True)
+        names = classifier.model.config.labels
+        print(f"\npipeline(model={str(folder)!r}, trust_remote_code=True) on unseen clips:")
+        for row in (rows[i] for i in chosen):
+            source = row["audio"]["path"] or row["audio"]["bytes"]
+            scores = classifier({"audio": source, "text": row["transcript"]}, top_k=3)
+            told = ", ".join(f"{score['label']} {score['score']:.2f}" for score in scores)
+            truth = names[row["label"]] if row["label"] >= 0 else "no agreement"
+            print(f"  {row['id']} ({truth}): {told}")
+    except Exception as error:  # whatever it is, a night's training is not lost over it
+        logger.warning("The system is saved, but could not be tried on unseen clips: %s", error)
 
 
 def card_facts(
@@ -368,10 +450,6 @@ def card_facts(
         },
         "files": {"training_curve.png": "Losses and validation metrics over the epochs"},
     }
-
-
-def _test_splits(data: DataSettings, corpus: DatasetDict) -> list[str]:
-    return data.test_splits if data.test_splits is not None else [name for name in corpus if name.startswith("test")]
 
 
 if __name__ == "__main__":

@@ -39,13 +39,11 @@ import torch
 from datasets import DatasetDict
 from datasets.utils.logging import disable_progress_bar
 from tqdm.auto import tqdm
-from transformers import set_seed
 from transformers.utils import logging
 
-from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import LabelSet
 from sailer.settings import DataSettings, Settings, load_recipe, resolve
-from sailer.train import build_system, cache_features, fit, read_corpus
+from sailer.train import fit, prepare, read_corpus
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDS, ACTORS_PER_FOLD, VALIDATING, ACTORS = 5, 4, 2, 20
@@ -228,14 +226,8 @@ def run(recipe: Mapping[str, Any], features: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         paths = {"output_dir": folder, "feature_cache_dir": str(features)}
         settings = resolve(recipe, paths, origin="ablation")
-        set_seed(settings.training.seed)
-        label_set = settings.data.label_set()
-        corpus = _corpus(settings, label_set)
-        system = build_system(settings, label_set, corpus["train"])
-        planned = PlannedDataset(corpus["train"], settings.augmentation, label_set, seed=settings.training.seed)
-        store = cache_features(settings, system, [planned, corpus["validation"], corpus["test"]], Path(folder))
-        trainer = fit(settings, system, planned, corpus["validation"], store)
-        metrics = trainer.predict(corpus["test"]).metrics
+        job = prepare(settings, _corpus(settings, settings.data.label_set()))
+        metrics = fit(job).predict(job.corpus["test"]).metrics
     return {
         "metrics": {name: metrics[f"test_{name}"] for name in METRICS},
         "seconds": round(time.perf_counter() - started, 1),

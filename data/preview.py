@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from sailer.atomic import adding_to_folder
 from sailer.data.labels import distribution
 from sailer.data.rendering import clips_of, render, transcript_of
 from sailer.data.sampler import PlannedDataset
@@ -33,23 +34,22 @@ def preview(dataset: PlannedDataset, n: int, output_dir: str | Path, sampling_ra
     Returns:
         The folder.
     """
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     plan = dataset.plan(0).with_format("numpy")[:]
     votes = np.asarray(dataset.dataset.select_columns(["votes"]).with_format("numpy")["votes"][:])
     unchanged = (plan["votes"] == votes[plan["index"]]).all(axis=1) & ~plan["drop_text"]
     order = np.lexsort((unchanged, plan["partner"] < 0))
-    descriptions = []
-    for number, row in enumerate(order[:n].tolist()):
-        item = dataset[row]
-        file = f"{number:03d}.wav"
-        soundfile.write(folder / file, render(item, sampling_rate, dataset.settings.max_seconds), sampling_rate)
-        descriptions.append({"file": file, **_description(item, dataset.label_set.labels)})
-    text = json.dumps(descriptions, indent=2, ensure_ascii=False)
-    (folder / TARGETS_FILE).write_text(text + "\n", encoding="utf-8")
-    before, after = np.nanmean(distribution(votes), axis=0), np.nanmean(plan["target"], axis=0)
-    _plot(before, after, dataset.label_set.labels, folder / DISTRIBUTION_FILE)
-    return folder
+    with adding_to_folder(output_dir) as folder:
+        descriptions = []
+        for number, row in enumerate(order[:n].tolist()):
+            item = dataset[row]
+            file = f"{number:03d}.wav"
+            soundfile.write(folder / file, render(item, sampling_rate, dataset.settings.max_seconds), sampling_rate)
+            descriptions.append({"file": file, **_description(item, dataset.label_set.labels)})
+        text = json.dumps(descriptions, indent=2, ensure_ascii=False)
+        (folder / TARGETS_FILE).write_text(text + "\n", encoding="utf-8")
+        before, after = np.nanmean(distribution(votes), axis=0), np.nanmean(plan["target"], axis=0)
+        _plot(before, after, dataset.label_set.labels, folder / DISTRIBUTION_FILE)
+    return Path(output_dir)
 
 
 def _description(item: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:

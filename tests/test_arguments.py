@@ -25,7 +25,7 @@ auto_find_batch_size logging_strategy logging_steps logging_first_step log_on_ea
 log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
 trackio_static_space_id
 eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start eval_accumulation_steps save_only_model
-save_strategy save_steps save_on_each_node save_total_limit hub_token hub_private_repo load_best_model_at_end
+save_strategy save_steps save_on_each_node save_total_limit load_best_model_at_end
 metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed
 data_seed use_cpu accelerator_config dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters
@@ -50,6 +50,8 @@ def test_every_argument_of_transformers_was_looked_at() -> None:
         ("average_tokens_across_devices", False),
         ("label_names", ["labels"]),
         ("fsdp", "full_shard"),
+        ("remove_unused_columns", True),
+        ("batch_eval_metrics", True),
         ("debug", "underflow_overflow"),
     ],
 )

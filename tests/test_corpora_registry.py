@@ -5,9 +5,10 @@ import inspect
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from sailer.data import CorpusError, CorpusReport, LabelSet, load_corpus
+from sailer.data import CorpusError, CorpusReport, LabelSet, corpora, load_corpus
 from sailer.data.corpora import COMMON_ARGUMENTS, _loader, corpus_names, corpus_options, label_indices
 
 SMALL = {"audio": False, "train_clips": 12, "validation_clips": 6, "test_clips_per_class": 1}
@@ -18,7 +19,7 @@ def test_every_loader_takes_what_it_is_given(name: str) -> None:
     loader = _loader(name)
     kinds = {name: parameter.kind for name, parameter in inspect.signature(loader.load).parameters.items()}
     assert set(COMMON_ARGUMENTS) <= set(kinds)
-    shared = dataclasses.fields(loader.SHARED_OPTIONS) if hasattr(loader, "SHARED_OPTIONS") else ()
+    shared = dataclasses.fields(loader.shared_options) if loader.shared_options else ()
     own = set(corpus_options(name)) - {option.name for option in shared}
     assert {kinds[option] for option in own} == {inspect.Parameter.KEYWORD_ONLY}
     assert bool(shared) == (inspect.Parameter.VAR_KEYWORD in kinds.values())
@@ -35,6 +36,20 @@ def test_options_of_several_loaders_are_known_to_each() -> None:
 def test_helper_modules_are_no_corpora() -> None:
     assert {"ravdess", "synthetic"} <= set(corpus_names())
     assert "audio_files" not in corpus_names()
+
+
+def test_a_loader_of_ones_own_is_registered_and_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sailer.data.corpora._REGISTERED", {**corpora._REGISTERED})
+
+    @corpora.corpus("mine", reads_folder=False)
+    def load(path, *, label_set, audio, strict, report, clips: int = 2):
+        votes = np.eye(len(label_set.labels))[[0] * clips]
+        return {"train": {"id": [f"clip{number}" for number in range(clips)], "votes": votes, "label": [0] * clips}}
+
+    assert "mine" in corpus_names() and corpus_options("mine") == {"clips": 2}
+    assert load_corpus("mine", audio=False, clips=3)["train"]["id"] == ["clip0", "clip1", "clip2"]
+    with pytest.raises(ValueError, match=r"Corpus 'ravdess' is sailer\.data\.corpora\.ravdess already"):
+        corpora.corpus("ravdess")(load)
 
 
 def test_unknown_corpus_names_the_nearest() -> None:

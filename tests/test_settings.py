@@ -7,6 +7,7 @@ from ruamel.yaml import YAML
 
 from sailer.data.schema import CorpusError
 from sailer.settings import (
+    SECRETS,
     DataSettings,
     ModelSettings,
     SettingsError,
@@ -285,10 +286,10 @@ def test_words_that_look_like_something_else_read_back_equal(tmp_path: Path) -> 
     assert resolve(load_recipe(path)).data == settings.data
 
 
-def test_a_secret_is_used_and_not_written() -> None:
-    settings = resolve(MINIMAL, {"hub_token": "hf_secret"})
-    assert settings.training.hub_token == "hf_secret"
-    assert "secret" not in to_yaml(settings)
+def test_a_secret_is_refused_with_the_reason_and_not_shown() -> None:
+    with pytest.raises(SettingsError, match=r"'hub_token' \(command line\) is a secret: nothing is pushed") as refused:
+        resolve(MINIMAL, {"hub_token": "hf_mine"})
+    assert "hf_mine" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
@@ -376,6 +377,7 @@ REFUSED = {
     "fsdp_config": {"version": 2},
     "hub_always_push": True,
     "hub_model_id": "me/it",
+    "hub_private_repo": True,
     "hub_revision": "main",
     "hub_strategy": "end",
     "include_for_metrics": ["inputs"],
@@ -413,4 +415,4 @@ def test_a_training_argument_that_is_not_honoured_is_refused_with_the_reason(nam
 def test_every_refusal_is_tested() -> None:
     from sailer.training.arguments import NOT_IN_THE_MAIN_JOB
 
-    assert set(REFUSED) == set(NOT_IN_THE_MAIN_JOB)
+    assert {*REFUSED, *SECRETS} == set(NOT_IN_THE_MAIN_JOB)  # for a secret see above

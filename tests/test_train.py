@@ -14,7 +14,7 @@ from sailer import SailerForAudioClassification, SailerProcessor
 from sailer.cli import main
 from sailer.data import load_corpus
 from sailer.settings import load_recipe, resolve
-from sailer.train import build_system, cache_features, fit, run, shuffle_labels
+from sailer.train import build_system, fit, prepare, run, shuffle_labels, try_out
 from sailer.training.evaluation import evaluate_models
 
 pytest.importorskip("espeakng_loader", reason="the synthetic corpus needs espeakng-loader (the demo extra)")
@@ -166,8 +166,6 @@ def small_settings(tmp_path: Path, **options):
 
 def test_cached_features_train_to_the_same_system(tmp_path: Path) -> None:
     """Frozen towers: with and without kept features, the same weights come out."""
-    from sailer.data.sampler import PlannedDataset
-
     states = []
     for cache in ("off", "memory"):
         settings = small_settings(
@@ -180,18 +178,32 @@ def test_cached_features_train_to_the_same_system(tmp_path: Path) -> None:
             save_strategy="no",
             load_best_model_at_end=False,
             num_train_epochs=1,
+            shuffled_label_baseline=False,
         )
-        corpus = load_corpus("synthetic", **SMALL)
-        system = build_system(settings, settings.data.label_set(), corpus["train"])
-        planned = PlannedDataset(corpus["train"], settings.augmentation, system.label_set, seed=0)
-        features = cache_features(settings, system, [planned, corpus["validation"]], tmp_path)
-        assert (features is None) == (cache == "off")
-        before = system.model.heads["primary"][-1].weight.detach().clone()
-        fit(settings, system, planned, corpus["validation"], features)
-        assert (system.model.heads["primary"][-1].weight - before).abs().max() > 1e-3
-        states.append(system.model.state_dict())
+        job = prepare(settings)
+        assert (job.features is None) == (cache == "off")
+        before = job.system.model.heads["primary"][-1].weight.detach().clone()
+        fit(job)
+        assert (job.system.model.heads["primary"][-1].weight - before).abs().max() > 1e-3
+        states.append(job.system.model.state_dict())
     for name, value in states[0].items():
         np.testing.assert_allclose(value.numpy(), states[1][name].numpy(), atol=2e-5, err_msg=name)
+
+
+def test_trying_the_result_fails_no_finished_run(
+    tmp_path: Path, tiny_sailer: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    """A clip without a transcript ended a night's training with exit status 2."""
+    rows = load_corpus("synthetic", **SMALL)["test"]
+    silent = rows.map(lambda row: {"transcript": ""})
+    try_out(tiny_sailer, silent)
+    assert "could not be tried on unseen clips: " in caplog.text and str(tiny_sailer) in capsys.readouterr().out
+    caplog.clear()
+    try_out(tmp_path / "nothing", rows)
+    assert "could not be tried on unseen clips: " in caplog.text
+    caplog.clear()
+    try_out(tiny_sailer, rows)
+    assert caplog.text == "" and capsys.readouterr().out.count("synthetic-0-test-") == 3
 
 
 @pytest.mark.slow

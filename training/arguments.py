@@ -59,7 +59,9 @@ NOT_IN_THE_MAIN_JOB = NOT_HONOURED | {
     "hub_always_push": _PUSH,
     "hub_model_id": _PUSH,
     "hub_revision": _PUSH,
+    "hub_private_repo": "nothing is pushed; push the finished system: sailer push DIR REPO_ID --private.",
     "hub_strategy": _PUSH,
+    "hub_token": "nothing is pushed, so no token is used; leave it out (`sailer push` takes that of `hf auth login`).",
     "push_to_hub": _PUSH,
 }
 

@@ -175,29 +175,9 @@ class SailerTrainer(Trainer):
 
     def report(self, prediction: EvalPrediction) -> dict[str, float]:
         """`emotion_report` of a split, and the plain (not re-weighted) losses over it."""
-        from sailer.training.metrics import concordance_metrics, emotion_report
-
         outputs: Any = prediction.predictions
         targets: Any = prediction.label_ids
-        self.training_objective.eval()
-        tensors = [
-            {name: torch.as_tensor(value, device=self.args.device) for name, value in values.items()}
-            for values in (outputs, targets)
-        ]
-        losses = {name: value.item() for name, value in self.training_objective(*tensors).items()}
-        report = {"loss": losses.pop("loss")} | {f"loss_{name}": value for name, value in losses.items()}
-        heads = {
-            name: value
-            for name, value in (outputs | targets).items()
-            if name not in ("logits", "labels", CONSENSUS) and not name.startswith("member_")  # those of an ensemble
-        }
-        if "logits" in outputs:
-            return report | emotion_report(
-                outputs["logits"], targets["labels"], targets[CONSENSUS], self.label_set, **heads
-            )
-        if "attributes" in outputs:
-            return report | concordance_metrics(outputs["attributes"], targets["attribute_labels"])
-        return report
+        return split_report(self.training_objective, self.label_set, outputs, targets, self.args.device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """Evaluation batches, by the evaluation collator."""
@@ -271,6 +251,43 @@ def _lengths(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, datasets.Dataset) and "duration" in dataset.column_names:
         return dataset.select_columns(["duration"]).with_format("numpy")["duration"][:]
     return None
+
+
+def split_report(
+    objective: SailerObjective,
+    label_set: LabelSet,
+    outputs: Mapping[str, Any],
+    targets: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """`emotion_report` of a split, and the plain (not re-weighted) losses over it; no figure of a head that is not.
+
+    Args:
+        objective: whose parts are the losses; it is left in evaluation mode.
+        label_set: the primary emotions.
+        outputs, targets: arrays (clips, ...) by name, as `SplitPrediction` has them.
+        device: where the objective is.
+    """
+    from sailer.training.metrics import concordance_metrics, emotion_report
+
+    objective.eval()
+    tensors = [
+        {name: torch.as_tensor(value, device=device) for name, value in values.items()}
+        for values in (outputs, targets)
+    ]
+    losses = {name: value.item() for name, value in objective(*tensors).items()}
+    report = {"loss": losses.pop("loss")} | {f"loss_{name}": value for name, value in losses.items()}
+    both = {**outputs, **targets}
+    heads = {
+        name: value
+        for name, value in both.items()
+        if name not in ("logits", "labels", CONSENSUS) and not name.startswith("member_")  # those of an ensemble
+    }
+    if "logits" in outputs:
+        return report | emotion_report(outputs["logits"], targets["labels"], targets[CONSENSUS], label_set, **heads)
+    if "attributes" in outputs:
+        return report | concordance_metrics(outputs["attributes"], targets["attribute_labels"])
+    return report
 
 
 class _EpochCallback(TrainerCallback):

@@ -1,8 +1,8 @@
 """Corpora by name: `load_corpus(name, path, **options)` reads one into canonical rows (see `sailer.data.schema`).
 
-A loader is a module of this package with `load(path, *, label_set, audio, strict, report, **options)`, which returns
-split -> columns for `build_dataset`, or rows that are canonical already; dropping the module in registers it. To every
-loader
+A loader is a function `load(path, *, label_set, audio, strict, report, **options)`, which returns split -> columns for
+`build_dataset`, or rows that are canonical already; `@corpus("name")` registers it. Those in the modules of this
+package are always there; another one is known once its module has been imported. To every loader
 
 - path is the corpus's folder, unless it says otherwise;
 - label_set has the primary emotions that are wanted;
@@ -11,7 +11,7 @@ loader
 - report counts what is left out, and takes notes.
 
 The other parameters are its own options. Options of several loaders are a dataclass that each names as its
-`SHARED_OPTIONS` and takes by keyword.
+`shared_options` and takes by keyword.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet, build_dataset
 
@@ -32,7 +33,46 @@ if TYPE_CHECKING:
 
 # What every loader is given.
 COMMON_ARGUMENTS = ("path", "label_set", "audio", "strict", "report")
-_HELPERS = ("audio_files", "files", "mapping", "msp_labels", "splits")
+
+Load = TypeVar("Load", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A registered loader; see `corpus`."""
+
+    load: Callable[..., Any]
+    reads_folder: bool
+    shared_options: type | None
+
+
+_REGISTERED: dict[str, Corpus] = {}
+
+
+def corpus(name: str, *, reads_folder: bool = True, shared_options: type | None = None) -> Callable[[Load], Load]:
+    """Register the decorated function as the loader of a corpus.
+
+    Args:
+        name: what `load_corpus` and `--corpus` call it.
+        reads_folder: whether its path is a folder, which is then checked to be there; False for a loader that reads a
+            file, an id or nothing.
+        shared_options: a dataclass of options that it takes by keyword beside its own.
+
+    Raises:
+        ValueError: another function has the name.
+    """
+
+    def register(load: Load) -> Load:
+        known = _REGISTERED.get(name)
+        if known is not None and (known.load.__module__, known.load.__qualname__) != (
+            load.__module__,
+            load.__qualname__,
+        ):
+            raise ValueError(f"Corpus {name!r} is {known.load.__module__} already: choose another name.")
+        _REGISTERED[name] = Corpus(load, reads_folder, shared_options)
+        return load
+
+    return register
 
 
 def load_corpus(
@@ -90,8 +130,10 @@ def load_corpus(
 
 
 def corpus_names() -> list[str]:
-    """Names that `load_corpus` takes: the loader modules of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _HELPERS)
+    """Names that `load_corpus` takes: of the loaders of this package, and of others that were imported."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    return sorted(_REGISTERED)
 
 
 def corpus_options(name: str) -> dict[str, Any]:
@@ -99,7 +141,7 @@ def corpus_options(name: str) -> dict[str, Any]:
     loader = _loader(name)
     parameters = inspect.signature(loader.load).parameters.values()
     own = [(option.name, option.default) for option in parameters if option.kind is not option.VAR_KEYWORD]
-    shared = dataclasses.fields(loader.SHARED_OPTIONS) if hasattr(loader, "SHARED_OPTIONS") else ()
+    shared = dataclasses.fields(loader.shared_options) if loader.shared_options else ()
     options = [*((option.name, option.default) for option in shared), *own]
     return {option: default for option, default in options if option not in COMMON_ARGUMENTS}
 
@@ -123,16 +165,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def _loader(name: str) -> Any:
+def _loader(name: str) -> Corpus:
     names = corpus_names()
     if name not in names:
         raise CorpusError(f"Unknown corpus {name!r}{nearest(name, names)}; the corpora are {names}.")
-    return import_module(f"{__name__}.{name}")
+    return _REGISTERED[name]
 
 
-def _checked_path(name: str, path: str | Path | None, loader: Any) -> Path | None:
-    """`path` as a Path. A loader that reads no folder, but a file, an id or nothing, says `READS_FOLDER = False`."""
-    if not getattr(loader, "READS_FOLDER", True):
+def _checked_path(name: str, path: str | Path | None, loader: Corpus) -> Path | None:
+    """`path` as a Path, of a folder that is there where the loader reads one."""
+    if not loader.reads_folder:
         return Path(path) if path else None
     if not path:
         raise CorpusError(f"Corpus {name!r} is read from a folder: give its path.")

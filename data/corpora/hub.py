@@ -26,18 +26,18 @@ from datasets import (
 )
 from datasets.exceptions import DatasetsError
 
+from sailer.data.corpora import corpus
 from sailer.data.corpora.audio_files import read_durations
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings
 from sailer.data.corpora.mapping import TableOptions, TableReader
 from sailer.data.corpora.splits import assign_splits, chosen, split_name, take_rows
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet, build_dataset, canonical_features
 
-READS_FOLDER = False
-SHARED_OPTIONS = TableOptions
 # Written beside the rows by `sailer data --output_dir`.
 LABEL_SET_FILE = "label_set.json"
 
 
+@corpus("hub", reads_folder=False, shared_options=TableOptions)
 def load(
     path: Path | None,
     *,

@@ -9,16 +9,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sailer.data.corpora import corpus
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings, read_text
 from sailer.data.corpora.mapping import TableOptions, TableReader
 from sailer.data.corpora.splits import assign_splits, by_split, take_rows
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet
 
-READS_FOLDER = False
-SHARED_OPTIONS = TableOptions
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
+@corpus("manifest", reads_folder=False, shared_options=TableOptions)
 def load(
     path: Path | None,
     *,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from sailer.data.corpora import corpus
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings, clip_id, decode_text, find_entry
 from sailer.data.corpora.mapping import label_positions
 from sailer.data.corpora.msp_labels import Consensus, read_annotations, read_consensus
@@ -21,6 +22,7 @@ _OTHER = PRIMARY_LABELS.index("Other")
 _DROPPED = -999
 
 
+@corpus("msp_podcast")
 def load(
     path: Path,
     *,

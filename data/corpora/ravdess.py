@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from sailer.data.corpora import label_indices
+from sailer.data.corpora import corpus, label_indices
 from sailer.data.corpora.audio_files import audio_reference, is_audio, read_durations, walk_files
 from sailer.data.corpora.splits import actor_splits
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet
@@ -38,6 +38,7 @@ class _Clip:
     actor: int
 
 
+@corpus("ravdess")
 def load(
     path: Path,
     *,

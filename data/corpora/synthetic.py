@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sailer.data.corpora import corpus
 from sailer.data.schema import CorpusReport, LabelSet
 
-READS_FOLDER = False
 
-
+@corpus("synthetic", reads_folder=False)
 def load(
     path: Path | None,
     *,

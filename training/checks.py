@@ -1,0 +1,237 @@
+"""What would fail late, or do nothing in silence, is refused before the first clip is read."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers import AutoConfig
+
+from sailer.configuration_sailer import SEX_LABELS
+from sailer.data.labels import distribution
+from sailer.data.schema import ATTRIBUTES, SECONDARY_LABELS, CorpusError, LabelSet
+from sailer.settings import Settings, SettingsError
+from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+# The least value of each option that is a number of something, and whether it may be that value.
+LEAST: dict[str, tuple[float, bool]] = {
+    "hidden_size": (1, True),
+    "frame_pooling": (1, True),
+    "trainable_audio_layers": (1, True),
+    "conv_dropout": (0, True),
+    "preview": (0, True),
+    "gradient_accumulation_steps": (1, True),
+    "per_device_train_batch_size": (1, True),
+    "per_device_eval_batch_size": (1, True),
+    "dataloader_num_workers": (0, True),
+    "learning_rate": (0, False),
+}
+TINY_BACKBONES = ("tiny-whisper", "tiny-wavlm", "tiny-text")
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse options that contradict each other, or that nothing can be done with.
+
+    Raises:
+        SettingsError: names the option and the way out.
+    """
+    model, data, training = settings.model, settings.data, settings.training
+    _check_numbers(settings)
+    if data.cache_features != "off" and not model.freeze_audio:
+        raise SettingsError(
+            f"cache_features is {data.cache_features!r} but freeze_audio is false: only a frozen encoder's states "
+            "can be kept. Set cache_features to off, or freeze_audio to true."
+        )
+    if model.trainable_audio_layers is not None and model.freeze_audio:
+        raise SettingsError(
+            f"trainable_audio_layers is {model.trainable_audio_layers} but freeze_audio is true: set it to false, or "
+            "leave trainable_audio_layers out."
+        )
+    frozen = model.freeze_audio and (model.freeze_text or not model.text_backbone)
+    if training.backbone_learning_rate is not None and frozen and not model.base_model:
+        raise SettingsError(
+            "backbone_learning_rate is set but every backbone is frozen: set freeze_audio (or freeze_text) to false, "
+            "or leave it out."
+        )
+    trains_text = model.base_model or (model.text_backbone and not model.freeze_text)
+    if training.neftune_noise_alpha and not trains_text:
+        raise SettingsError(
+            "neftune_noise_alpha is set but no text encoder trains: set text_backbone, and freeze_text to false, or "
+            "leave it out."
+        )
+    if settings.augmentation.text_dropout and not (model.text_backbone or model.base_model):
+        raise SettingsError(
+            "text_dropout is set but the system has no text encoder: set text_backbone, or text_dropout to 0."
+        )
+    _check_splits(settings)
+
+
+def check_before_reading(settings: Settings, label_set: LabelSet, output_dir: Path) -> None:
+    """Refuse an output folder, a metric or a length of clips that the run could not do with at its end.
+
+    Args:
+        settings: of the run.
+        label_set: the primary emotions.
+        output_dir: where the finished system goes.
+
+    Raises:
+        SettingsError: a metric that no report has; clips longer than the speech encoder hears; a README in the output
+            folder that no run wrote. The message says what to do.
+    """
+    card, recipe = output_dir / "README.md", output_dir / "recipe.yaml"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SettingsError(f"output_dir {output_dir} is a file: name a folder.")
+    if card.exists() and not recipe.exists():
+        raise SettingsError(
+            f"{card} is none that a run wrote (there is no recipe.yaml beside it), and the model card would take its "
+            "place: move it, or choose another output_dir."
+        )
+    if settings.training.metric_for_best_model is not None and not settings.model.base_model:
+        known = _report(_every_target(settings.model.heads, label_set), settings.model.heads, label_set)
+        _check_metric_name(settings, known)
+    _check_max_seconds(settings)
+
+
+def check_corpus(settings: Settings, label_set: LabelSet, corpus: DatasetDict) -> None:
+    """Refuse a corpus whose annotations leave nothing to train on, or nothing to select the best epoch by.
+
+    Raises:
+        CorpusError: no training clip has what the objective learns from.
+        SettingsError: the validation split does not define `metric_for_best_model`.
+    """
+    data, heads = settings.data, settings.model.heads
+    rows = corpus[data.train_split].select_columns(["votes", "label"]).with_format("numpy")[:]
+    if settings.objective.objective != "ce" and "primary" in heads and not np.any(rows["votes"]):
+        raise CorpusError(
+            f"No clip of {data.train_split!r} has annotators' votes, which the objective "
+            f"{settings.objective.objective!r} learns from"
+            + (", but they have labels: set objective to ce." if (rows["label"] >= 0).any() else ", nor a label.")
+        )
+    name = settings.training.metric_for_best_model
+    if name is None or settings.model.base_model:
+        return
+    report = _report(_targets(corpus[data.validation_split], heads), heads, label_set)
+    _check_metric_name(settings, report)
+    if settings.training.load_best_model_at_end and math.isnan(report[name.removeprefix("eval_")]):
+        raise SettingsError(
+            f"metric_for_best_model is {name!r}, which the clips of {data.validation_split!r} do not define: no epoch "
+            "would be the best. Choose another metric, or set load_best_model_at_end to false."
+        )
+
+
+def _check_numbers(settings: Settings) -> None:
+    for part in (settings.model, settings.data, settings.training):
+        for name, (least, allowed) in LEAST.items():
+            value = getattr(part, name, None)
+            if value is not None and not (value > least or (allowed and value == least)):
+                bound = f"at least {least:g}" if allowed else f"more than {least:g}"
+                raise SettingsError(f"{name} is {value!r}: it must be {bound}.")
+    training = settings.training
+    if training.max_steps <= 0 and not training.num_train_epochs > 0:
+        raise SettingsError(
+            f"num_train_epochs is {training.num_train_epochs!r}: it must be more than 0. (To use a system as it is, "
+            "evaluate it: sailer evaluate MODEL.)"
+        )
+
+
+def _check_splits(settings: Settings) -> None:
+    data = settings.data
+    if data.validation_split == data.train_split:
+        raise SettingsError(
+            f"validation_split is {data.validation_split!r}, which the system is trained on: name another split, or "
+            "have the corpus make one (most have the option split_fractions)."
+        )
+    if data.is_test_split(data.train_split):
+        raise SettingsError(
+            f"train_split is {data.train_split!r}, which is among the test splits: name another, or set test_splits."
+        )
+    if data.is_test_split(data.validation_split) and settings.training.load_best_model_at_end:
+        raise SettingsError(
+            f"validation_split is {data.validation_split!r}, which is a test split too: the best epoch would be "
+            "selected on the clips that test it. Name another split, or set load_best_model_at_end to false."
+        )
+
+
+def _check_metric_name(settings: Settings, known: Mapping[str, float]) -> None:
+    name = settings.training.metric_for_best_model
+    if name is not None and name.removeprefix("eval_") not in known:
+        near = difflib.get_close_matches(name.removeprefix("eval_"), list(known), n=1)
+        raise SettingsError(
+            f"metric_for_best_model is {name!r}, which is not in the report of this system"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+            + f"; it has {', '.join(known)}."
+        )
+
+
+def _check_max_seconds(settings: Settings) -> None:
+    backbone = settings.model.base_model or settings.model.audio_backbone
+    assert backbone is not None, "ModelSettings has a backbone where it has no base model"
+    positions: int | None = 1500  # of a tiny Whisper
+    if backbone not in TINY_BACKBONES:
+        try:
+            config: Any = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
+        except (OSError, ValueError):
+            return  # that it cannot be loaded is told where it is
+        config = getattr(config, "audio_config", None) or config
+        positions = getattr(config, "max_source_positions", None)
+    elif backbone != "tiny-whisper":
+        positions = None
+    if positions is not None and settings.model.max_seconds > positions / 50:
+        raise SettingsError(
+            f"max_seconds is {settings.model.max_seconds:g}, and {backbone} hears {positions / 50:g} s at most: set "
+            f"max_seconds to {positions / 50:g} or less."
+        )
+
+
+def _report(targets: Mapping[str, np.ndarray], heads: list[str], label_set: LabelSet) -> dict[str, float]:
+    """The report of a system that answers at random: its keys, and NaN where the clips do not define a figure."""
+    from sailer.training.trainer import split_report
+
+    random = np.random.default_rng(0)
+    clips = len(targets["consensus"])
+    shapes = {
+        "primary": (clips, len(label_set.labels)),
+        "secondary": (clips, len(SECONDARY_LABELS)),
+        "attributes": (clips, len(ATTRIBUTES)),
+        "sex": (clips, len(SEX_LABELS)),
+        "age": (clips,),
+    }
+    outputs = {COMPONENTS[head][0]: random.random(shapes[head], dtype=np.float32) for head in heads}
+    objective = SailerObjective(ObjectiveSettings(target_weighting="none"))
+    return split_report(objective, label_set, outputs, targets)
+
+
+def _targets(rows: Dataset, heads: list[str]) -> dict[str, np.ndarray]:
+    """What the collator makes of the rows' annotations, without their audio."""
+    names = ["votes", "secondary_votes", "attributes", "label", "sex", "age"]
+    columns = rows.select_columns(names).with_format("numpy")[:]
+    sexes: dict[str, int] = {label: index for index, label in enumerate(SEX_LABELS)}
+    targets = {
+        "primary": distribution(columns["votes"]).astype(np.float32),
+        "secondary": distribution(columns["secondary_votes"]).astype(np.float32),
+        "attributes": columns["attributes"].astype(np.float32),
+        "sex": np.array([sexes.get(sex, -100) for sex in columns["sex"].tolist()]),
+        "age": columns["age"].astype(np.float32),
+    }
+    return {COMPONENTS[head][1]: targets[head] for head in heads} | {"consensus": columns["label"]}
+
+
+def _every_target(heads: list[str], label_set: LabelSet) -> dict[str, np.ndarray]:
+    """Clips that have every annotation and every class: their report has every key."""
+    classes = np.arange(2 * len(label_set.labels)) % len(label_set.labels)
+    shares = classes.astype(np.float32) / len(label_set.labels)
+    targets: dict[str, np.ndarray] = {
+        "primary": np.eye(len(label_set.labels), dtype=np.float32)[classes],
+        "secondary": np.eye(len(SECONDARY_LABELS), dtype=np.float32)[classes % len(SECONDARY_LABELS)],
+        "attributes": np.stack([shares] * len(ATTRIBUTES), axis=1),
+        "sex": classes % len(SEX_LABELS),
+        "age": shares,
+    }
+    return {"consensus": classes, **{COMPONENTS[head][1]: targets[head] for head in heads}}
