@@ -65,6 +65,10 @@ def evaluate(command: argparse.Namespace) -> Path | None:
         command.output_dir,
         corpus_options=_mapping("corpus_options", command.corpus_options),
         batch_size=command.batch_size,
+        bootstrap=command.bootstrap,
+        embed_audio=command.embed_audio,
+        submission=command.submission,
+        file_list=command.file_list,
     )
 
 
@@ -174,9 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--corpus", required=True, metavar="NAME", help="see `sailer data --help`")
     added.add_argument("--data_dir", metavar="DIR", help="the corpus's folder")
     added.add_argument("--split", default="test", metavar="S")
-    added.add_argument("--output_dir", type=Path, metavar="DIR", help="for the metrics and the confusion matrix")
+    added.add_argument("--output_dir", type=Path, metavar="DIR", help="for the report, its figures and pictures")
     added.add_argument("--corpus_options", default="{}", metavar="YAML", help="as in a recipe: '{option: value}'")
     added.add_argument("--batch_size", type=int, default=8, metavar="N")
+    added.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="draws of the speakers, for intervals")
+    added.add_argument("--embed_audio", action="store_true", help="hold the worst clips' audio in the report")
+    added.add_argument("--submission", choices=("categorical", "attributes"), help="write the challenge's file too")
+    added.add_argument("--file_list", type=Path, metavar="FILE", help="what it must have: a CSV with FileName")
 
     added = add(ensemble, "ensemble MODEL... FOLDER [options]")
     added.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids (user/name@revision) of systems")

@@ -79,7 +79,8 @@ def test_evaluate(calls: list, capsys: pytest.CaptureFixture) -> None:
     line = "evaluate a b --corpus ravdess --data_dir d --split validation --output_dir o --batch_size 4"
     assert main([*line.split(), "--corpus_options", "{test_actors: 21-24}"]) == 0
     named = {"corpus": "ravdess", "data_dir": "d", "split": "validation", "output_dir": Path("o"), "batch_size": 4}
-    named |= {"models": ["a", "b"], "corpus_options": {"test_actors": "21-24"}}
+    named |= {"models": ["a", "b"], "corpus_options": {"test_actors": "21-24"}, "bootstrap": 1000}
+    named |= {"embed_audio": False, "submission": None, "file_list": None}
     assert calls == [("evaluate_models", named)]
     assert capsys.readouterr().out.splitlines()[-1] == "Result: figures"
 

@@ -8,7 +8,6 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from sailer import SailerEnsemble, SailerForAudioClassification, SailerTrainer, 
 from sailer.atomic import replacing
 from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
 from sailer.data import CorpusError, LabelSet, load_corpus
+from sailer.data.challenge import read_file_list, write_submission
 from sailer.data.collator import SailerCollator
 from sailer.ensemble_sailer import HEAD_OF_OUTPUT, load_system
 from sailer.processing_sailer import SailerEnsembleProcessor, SailerProcessor
@@ -29,6 +29,7 @@ from sailer.training.calibration import fit_temperature, natural_probabilities
 from sailer.training.losses import ObjectiveSettings, SailerObjective
 from sailer.training.metrics import decisions, distribution_metrics, majority_class_f1
 from sailer.training.plots import plot_confusion
+from sailer.training.report import Evaluated, add_intervals, write_report, write_table
 from sailer.training.trainer import CONSENSUS, SplitPrediction
 
 ENSEMBLE = "ensemble"
@@ -56,16 +57,6 @@ SUMMARY = {
 }
 
 
-@dataclass
-class Evaluated:
-    """A system's outputs on a split by name, (clips, ...) each, its figures, and its natural probabilities."""
-
-    name: str
-    outputs: dict[str, np.ndarray]
-    figures: dict[str, Any]
-    natural: np.ndarray | None
-
-
 def evaluate_models(
     models: Sequence[str | Path],
     corpus: str,
@@ -74,6 +65,10 @@ def evaluate_models(
     output_dir: str | Path | None = None,
     corpus_options: Mapping[str, Any] | None = None,
     batch_size: int = 8,
+    bootstrap: int = 1000,
+    embed_audio: bool = False,
+    submission: str | None = None,
+    file_list: str | Path | None = None,
 ) -> Path | None:
     """Evaluate systems on a split; of several, each and their ensemble (mean of probabilities). Print the figures.
 
@@ -83,10 +78,16 @@ def evaluate_models(
         corpus: name known to `load_corpus`.
         data_dir: the corpus's folder.
         split: which of its splits.
-        output_dir: where `metrics.json`, `predictions.csv` (id, label, decision and probabilities of each clip) and
-            `confusion_matrix.png` go, if anywhere.
+        output_dir: where the report goes, if anywhere: report.md and report.html, metrics.json (with `intervals`,
+            `differences` from the systems before, and `groups`), predictions.csv (id, label, decision and
+            probabilities of each clip, by the last system), predictions.parquet (of every system) and pictures.
         corpus_options: further options of the corpus's loader.
         batch_size: clips per batch.
+        bootstrap: draws of the speakers, for intervals and differences.
+        embed_audio: hold the worst clips' audio in the report, which then is report_with_audio.html and never pushed.
+        submission: "categorical" or "attributes": also write what the last system says as the challenge's file,
+            `submission_KIND.csv`. A split without labels gets that alone.
+        file_list: names of the files that it must have; by default the split's clips.
 
     Returns:
         The folder, if there is one.
@@ -95,24 +96,32 @@ def evaluate_models(
         ValueError: systems of different labels, or without the primary head (names them).
         CorpusError: the corpus cannot be read, or lacks the split (lists those it has) or its labels.
     """
+    if output_dir is None and (submission or embed_audio):
+        raise ValueError("A submission and audio in the report are files: name a folder for them with --output_dir.")
     loaded = _load(models)
     label_set = label_set_of(loaded[0][0].config)
-    rows = labelled_rows(corpus, data_dir, split, label_set, corpus_options)
+    rows = labelled_rows(corpus, data_dir, split, label_set, corpus_options, submission is not None)
+    is_labelled = _has_labels(rows)
     evaluated: list[Evaluated] = []
     for names, (model, processor) in zip(_names(models, loaded), loaded, strict=True):
-        found, targets = _evaluate(names, model, processor, rows, label_set, batch_size)
-        for system in found:
+        found, targets = _evaluate(names, model, processor, rows, label_set, batch_size, is_labelled)
+        for system in found if is_labelled else ():
             print(summary(system.name, system.figures))
         evaluated += found
     if output_dir is None:
         return None
     folder, last = Path(output_dir), evaluated[-1]
+    if submission is not None:
+        _write_submission(submission, last, rows, label_set, file_list, folder)
+    if not is_labelled:
+        return folder
+    logits, consensus = last.outputs["logits"], targets[CONSENSUS]
+    _write_predictions(rows["id"], consensus, log_softmax(logits, axis=1), label_set, folder / "predictions.csv")
+    write_table(evaluated, rows, consensus, label_set, folder / "predictions.parquet")
+    draw_confusion(logits, consensus, label_set, folder / "confusion_matrix.png")
+    add_intervals(evaluated, targets, rows["speaker"], label_set, bootstrap)
+    write_report(folder, evaluated, targets, rows, label_set, f"{corpus} ({split})", embed_audio)
     write_json({system.name: system.figures for system in evaluated}, folder / "metrics.json")
-    logits = last.outputs["logits"]
-    _write_predictions(
-        rows["id"], targets["consensus"], log_softmax(logits, axis=1), label_set, folder / "predictions.csv"
-    )
-    draw_confusion(logits, targets["consensus"], label_set, folder / "confusion_matrix.png")
     return folder
 
 
@@ -138,13 +147,11 @@ def labelled_rows(
     if split not in splits:
         raise CorpusError(f"Corpus {corpus} has no split {split!r}; it has {list(splits)}.")
     rows = splits[split]
-    columns = rows.select_columns(["label", "votes", "attributes"]).with_format("numpy")[:]
-    has_labels = (columns["label"] >= 0).any() or columns["votes"].any() or np.isfinite(columns["attributes"]).any()
-    if not has_labels and not unlabelled:
+    if not unlabelled and not _has_labels(rows):
+        others = [name for name in splits if name != split]
         raise CorpusError(
-            f"The split {split!r} of {corpus} has no labels to evaluate against. --submission writes what a system "
-            "says of it as the challenge's file; other splits: "
-            f"{[name for name in splits if name != split]}."
+            f"The split {split!r} of {corpus} has no labels to evaluate against; others: {others}. To write what a "
+            "system says of it as the challenge's file, add --submission."
         )
     return rows
 
@@ -265,6 +272,11 @@ def _load(models: Sequence[str | Path]) -> list[tuple[Any, Any]]:
     return loaded
 
 
+def _has_labels(rows: Dataset) -> bool:
+    columns = rows.select_columns(["label", "votes", "attributes"]).with_format("numpy")[:]
+    return bool((columns["label"] >= 0).any() or columns["votes"].any() or np.isfinite(columns["attributes"]).any())
+
+
 def _names(models: Sequence[str | Path], loaded: Sequence[Any]) -> list[list[str]]:
     """What the figures of each loaded model go by: its own name, or its members' and its own."""
     names = [str(name) for name in models]
@@ -272,14 +284,22 @@ def _names(models: Sequence[str | Path], loaded: Sequence[Any]) -> list[list[str
 
 
 def _evaluate(
-    names: Sequence[str], model: Any, processor: Any, rows: Dataset, label_set: LabelSet, batch_size: int
+    names: Sequence[str],
+    model: Any,
+    processor: Any,
+    rows: Dataset,
+    label_set: LabelSet,
+    batch_size: int,
+    is_labelled: bool,
 ) -> tuple[list[Evaluated], dict[str, np.ndarray]]:
     """The figures of a model, before them those of its members where they are named; and the targets."""
     with _trainer(model, processor, rows, label_set, batch_size) as trainer:
+        if not is_labelled:
+            trainer.compute_metrics = None
         prediction = trainer.predict(rows)
         outputs, targets = prediction.predictions, prediction.label_ids
         found = []
-        for index, name in enumerate(names[:-1]):
+        for index, name in enumerate(names[:-1] if is_labelled else ()):
             member = model.members[index]
             own = {
                 output: outputs[f"member_{output}"][:, model.config.having(head).index(index)]
@@ -301,6 +321,23 @@ def _natural(model: Any, logits: np.ndarray) -> np.ndarray | None:
         return model.probabilities(torch.from_numpy(logits), "natural").numpy()
     except ValueError:  # its training weights are not known
         return None
+
+
+def _write_submission(
+    kind: str, system: Evaluated, rows: Dataset, label_set: LabelSet, file_list: str | Path | None, folder: Path
+) -> None:
+    """What a system says of a split, as the challenge's file."""
+    names = [
+        Path(audio["path"]).name if audio["path"] else f"{clip}.wav"
+        for clip, audio in zip(rows["id"], rows["audio"], strict=True)
+    ]
+    said: Any = system.outputs.get("attributes", ())
+    if kind == "categorical":
+        said = [label_set.labels[index] for index in decisions(system.outputs["logits"], label_set)]
+    elif not len(said):
+        raise ValueError(f"{system.name} has no attributes head, which a submission of attributes needs.")
+    wanted = None if file_list is None else read_file_list(file_list)
+    write_submission(kind, folder / f"submission_{kind}.csv", dict(zip(names, said, strict=True)), wanted)
 
 
 def _write_predictions(

@@ -40,7 +40,7 @@ def plot_confusion(labels: Sequence[int], predictions: Sequence[int], names: Seq
     counts = np.bincount(true * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
-    figure, (axes,) = _figure(1, width=2.2 + 0.75 * len(names), height=1.8 + 0.62 * len(names))
+    figure, (axes,) = new_figure(1, width=2.2 + 0.75 * len(names), height=1.8 + 0.62 * len(names))
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     for row, column in np.ndindex(counts.shape):
         colour = "white" if shares[row, column] > 0.5 else "black"
@@ -51,7 +51,7 @@ def plot_confusion(labels: Sequence[int], predictions: Sequence[int], names: Seq
     )
     axes.set(xlabel="predicted", ylabel="true (clips)")
     figure.colorbar(image, label="share of the true class")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) -> Path:
@@ -69,7 +69,7 @@ def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) 
     evaluation = [entry for entry in log_history if "eval_loss" in entry]
     if not training and not evaluation:
         raise ValueError("The training log has no loss: log at least once (logging_strategy, logging_steps).")
-    figure, (losses, metrics) = _figure(2, width=11, height=4.2)
+    figure, (losses, metrics) = new_figure(2, width=11, height=4.2)
     parts = sorted({key for entry in training for key in entry} - {*NOT_LOSSES, "loss"})
     for key in ("loss", *parts):
         label = "training" if key == "loss" else f"its part: {key.removeprefix('loss_')}"
@@ -90,7 +90,7 @@ def plot_training(log_history: Sequence[Mapping[str, float]], path: str | Path) 
                 frameon=False,
                 fontsize="small",
             )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _curve(
@@ -101,7 +101,7 @@ def _curve(
         axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width, marker="o", markersize=3)
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+def new_figure(columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     # Not through pyplot, which would keep the figure and may ask for a display.
     from matplotlib.figure import Figure
 
@@ -109,7 +109,7 @@ def _figure(columns: int, width: float, height: float) -> tuple[Figure, np.ndarr
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     with replacing(path) as beside:
         figure.savefig(beside, dpi=120, format="png")
     return Path(path)
