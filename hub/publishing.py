@@ -24,6 +24,8 @@ KEPT_BACK = (
     *("checkpoint-*", "checkpoints", "training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt"),
     *("rng_state*.pth", "features", "preview", ".*", "__pycache__"),
 )
+# In a report that holds recordings (`sailer evaluate --embed_audio`): corpora are licensed.
+AUDIO_IN_HTML = b'src="data:audio/'
 # Names that pickles go by; a file of any other name is known by its bytes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 REQUIRED = ("config.json", "processor_config.json", "README.md")
@@ -91,6 +93,12 @@ def check_system(folder: Path) -> list[Path]:
         raise PushError(
             f"{', '.join(pickles)}: not pushed, because loading a pickle can run any code. Save as safetensors "
             "(model.save_pretrained does) and remove these files."
+        )
+    with_audio = [str(path) for path in files if path.suffix == ".html" and AUDIO_IN_HTML in path.read_bytes()]
+    if with_audio:
+        raise PushError(
+            f"{', '.join(with_audio)}: not pushed, because it holds recordings of a corpus. Remove it, or evaluate "
+            "again without --embed_audio."
         )
     names = {path.name for path in files if path.parent == folder}
     missing = [name for name in REQUIRED if name not in names]

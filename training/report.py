@@ -55,6 +55,8 @@ AGES = ((0, 30), (30, 45), (45, 60), (60, 150))
 DURATIONS = ((0, 2), (2, 4), (4, 8), (8, float("inf")))
 AGREEMENTS = ((0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0), (1.0, 1.1))
 WORST = 20
+EMBEDDED_SECONDS = 60.0
+FEW = 10  # speakers: with fewer, intervals and p say little
 SPEAKERS = 40  # rows of the table; the picture and metrics.json have all
 WITH_AUDIO = "report_with_audio.html"
 
@@ -182,6 +184,7 @@ def write_report(
         "scored": int(main.figures["scored_clips"]),
         "speakers": len(set(rows["speaker"]) - {""}),
         "unknown": sum(not name for name in rows["speaker"]),
+        "few": len(set(rows["speaker"])) < FEW and "" not in rows["speaker"],
         "draws": view.repeats,
         "level": LEVEL,
         "embedded": embed_audio,
@@ -408,7 +411,7 @@ def _embedded(row: Mapping[str, Any]) -> str:
     import soundfile
 
     file = io.BytesIO()
-    soundfile.write(file, render(row, 16000, float("inf")), 16000, format="WAV", subtype="PCM_16")
+    soundfile.write(file, render(row, 16000, EMBEDDED_SECONDS), 16000, format="WAV", subtype="PCM_16")
     return _data_uri(file.getvalue(), "audio/wav")
 
 

@@ -47,7 +47,7 @@ def plot_agreement(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
         _with_intervals(axes, np.arange(len(rows)), values, low, high, colour)
         axes.set_xticks(range(len(rows)), [f"{row['group']}\n({row['clips']})" for row in rows], fontsize="small")
         axes.set(xlabel="share of annotators who chose the commonest class\n(clips)", ylabel=title)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(1e-3, np.nan_to_num(np.maximum(values, high)).max()))
         axes.grid(alpha=0.3)
     return save_figure(figure, path)
 
