@@ -7,6 +7,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from sailer.configuration_sailer import SailerConfig
     from sailer.ensemble_sailer import SailerEnsemble
     from sailer.inference.loading import load
+    from sailer.inference.streaming import EmotionStream
     from sailer.modeling_sailer import SailerForAudioClassification, SailerModel
     from sailer.pipeline_sailer import SpeechEmotionPipeline
     from sailer.processing_sailer import SailerProcessor
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "EmotionStream": "inference.streaming",
     "SailerConfig": "configuration_sailer",
     "SailerEnsemble": "ensemble_sailer",
     "SailerModel": "modeling_sailer",
@@ -28,6 +30,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "EmotionStream",
     "SailerConfig",
     "SailerEnsemble",
     "SailerForAudioClassification",
