@@ -100,6 +100,11 @@ def predict(command: argparse.Namespace) -> Path | int | None:
     return _from("inference.predict", "main")(command)
 
 
+def listen(command: argparse.Namespace) -> int:
+    """Show emotions as they are heard, from a file, a pipe or a microphone."""
+    return _from("inference.listen", "main")(command)
+
+
 def convert(command: argparse.Namespace) -> Path:
     """Convert a checkpoint in the authors' format."""
     return _from("hub.conversion", "convert")(
@@ -225,6 +230,27 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or int8, as far as the backend has it")
     added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
     added.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ...; as saved by default")
+
+    added = add(listen, "listen MODEL [FILE] [options]")
+    added.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    added.add_argument(
+        "source", nargs="?", metavar="FILE", help="audio file, or - for a pipe; by default a microphone"
+    )
+    added.add_argument("--chunk_s", type=float, default=3.0, metavar="S", help="what a result hears")
+    added.add_argument("--hop_s", type=float, default=1.0, metavar="S", help="from one result to the next")
+    added.add_argument("--smooth_s", type=float, default=0.0, metavar="S", help="time constant; 0 for no smoothing")
+    added.add_argument("--style", choices=("bars", "lines", "json"), help="bars in a terminal, else a line per result")
+    added.add_argument("--rate", type=float, metavar="HZ", help="of raw samples in a pipe, which no header tells")
+    added.add_argument("--channels", type=int, metavar="N", help="of raw samples; 1 by default")
+    added.add_argument("--sample_format", choices=("int16", "int32", "float32"), help="of raw samples, little-endian")
+    added.add_argument("--microphone", metavar="NAME", help="number, or part of the name, of an input device")
+    added.add_argument("--transcriber", metavar="MODEL", help="speech recognition for systems that read transcripts")
+    added.add_argument("--prior", choices=("balanced", "natural"), help="what the scores mean")
+    added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+    added.add_argument(
+        "--backend", choices=("torch", "onnx", "openvino"), default="torch", help="the runtime; see docs/use.md"
+    )
+    added.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or int8, as far as the backend has it")
 
     added = add(convert, "convert SRC DST [--audio_backbone DIR] [--lora MODE]")
     added.add_argument("source", metavar="SRC", help="folder or Hub id")

@@ -53,7 +53,7 @@ finally:
     assert "loaded: []" in done.stdout
     if argument == "recipes":
         return
-    for command in ("train", "evaluate", "predict", "convert", "data", "push", "recipes"):
+    for command in ("train", "evaluate", "predict", "listen", "convert", "data", "push", "recipes"):
         assert f"    {command} " in done.stdout
 
 
