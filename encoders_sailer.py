@@ -34,6 +34,7 @@ MASKED = ("emotion2vec", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wa
 RESAMPLED = ("sew", "sew-d")
 ADVICE = "Give a Hub id or a folder with config.json and model.safetensors (or pytorch_model.bin)."
 HOP_LENGTH = 160  # samples between Whisper's log-mel frames
+TAIL_FRAMES = 2  # of silence, which the processor puts behind a batch's longest clip
 
 _WINDOWS = "it hears windows of one fixed length, padded without a mask"
 _PART = "it is a part of a larger model and has no feature extractor of its own that gives an attention_mask"
@@ -74,34 +75,25 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
             attend_to_padding: let the clip's frames see the padding.
 
         Returns:
-            hidden states of shape (batch, positions, width), cut to the longest clip's own positions unless padding
-            is attended to.
+            hidden states of shape (batch, positions, width), of all positions that the frames make.
 
         Raises:
-            ValueError: a clip longer than the encoder's positions.
+            ValueError: more frames than the encoder has positions for.
         """
-        states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
-        states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)
-        own = None if attention_mask is None else whisper_positions(attention_mask)
-        is_exporting = torch.compiler.is_exporting()  # a graph cannot depend on what the mask holds
-        longest = states.shape[1] if own is None or is_exporting else int(own.sum(1).max())
-        if not is_exporting and longest > self.max_source_positions:
+        frames, positions = input_features.shape[-1], self.max_source_positions
+        if frames > 2 * positions + TAIL_FRAMES:
             raise ValueError(
-                f"A clip takes {longest} encoder positions and this encoder has {self.max_source_positions} "
-                f"({self.max_source_positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
+                f"{frames} frames of audio take {(frames + 1) // 2} encoder positions and this encoder has "
+                f"{positions} ({positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
             )
-        length = longest
-        if attend_to_padding and not is_exporting:
-            length = min(states.shape[1], self.max_source_positions)
+        states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
+        states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)[:, :positions]
         # As a call, so that an offloaded table is there when it is read.
-        states = states[:, :length] + self.embed_positions(torch.arange(length, device=states.device))
+        states = states + self.embed_positions(torch.arange(states.shape[1], device=states.device))
         states = nn.functional.dropout(states, p=self.dropout, training=self.training)
-        mask: Any = None
-        if own is not None and not attend_to_padding:
-            if is_exporting:
-                mask = torch.where(own, 0.0, torch.finfo(states.dtype).min).to(states.dtype)[:, None, None]
-            else:
-                mask = create_bidirectional_mask(self.config, states, own[:, :length])
+        mask = None
+        if attention_mask is not None and not attend_to_padding:
+            mask = self._attention_bias(states, whisper_positions(attention_mask)[:, : states.shape[1]])
 
         collected = []
         for layer in self.layers:
@@ -111,6 +103,14 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
                 states = layer(states, mask)
         states = self.layer_norm(states)
         return BaseModelOutput(states, hidden_states=(*collected, states) if output_hidden_states else None)
+
+    def _attention_bias(self, states: torch.Tensor, own: torch.Tensor) -> torch.Tensor | None:
+        """What keeps attention off the padding, in the form that the attention kernel takes."""
+        if self.config._attn_implementation not in ("eager", "sdpa"):
+            return create_bidirectional_mask(self.config, states, own)
+        # The values are not looked at, as transformers' own function does: that would wait for the device.
+        bias = torch.zeros_like(own, dtype=states.dtype).masked_fill(~own, torch.finfo(states.dtype).min)
+        return bias[:, None, None, :]
 
 
 def masks_padding(config: PretrainedConfig) -> bool:
@@ -322,7 +322,7 @@ def _run(
     encoder: PreTrainedModel, audio: torch.Tensor, attention_mask: torch.Tensor, all_layers: bool
 ) -> torch.Tensor:
     config = encoder.config
-    spared = encoder.training and getattr(config, "apply_spec_augment", True) and _is_short(encoder, attention_mask)
+    spared = encoder.training and getattr(config, "apply_spec_augment", True) and _is_short(encoder, audio.shape[1])
     if spared:
         config.apply_spec_augment = False  # a batch shorter than one mask cannot be masked
     try:
@@ -340,13 +340,14 @@ def _run(
     return _layer_states(config, outputs) if all_layers else outputs.last_hidden_state
 
 
-def _is_short(encoder: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
-    """Whether SpecAugment's mask, where the encoder has one, is longer than what there is before an adapter."""
+def _is_short(encoder: PreTrainedModel, length: int) -> bool:
+    """Whether SpecAugment's mask, where the encoder has one, is longer than what `length` samples or frames give
+    before an adapter."""
     if not hasattr(encoder.config, "mask_time_length"):
         return False
     count: Any = encoder._get_feat_extract_output_lengths
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(count).parameters else {}
-    return int(count(attention_mask.sum(1), **options).max()) <= encoder.config.mask_time_length
+    return int(count(torch.tensor(length), **options)) <= encoder.config.mask_time_length
 
 
 def _layer_states(config: PretrainedConfig, outputs: ModelOutput) -> torch.Tensor:

@@ -33,9 +33,10 @@ class LayerWeights(nn.Module):
 def pool_frames(states: torch.Tensor, mask: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of each `frames` consecutive frames of states (batch, frames, width), and how many of the clip's own
     frames each of them holds: the last of a clip may hold fewer, and then counts for less."""
-    missing = -states.shape[1] % frames
-    own = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, frames))
-    states = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, frames))
+    pooled = (states.shape[1] + frames - 1) // frames
+    missing = pooled * frames - states.shape[1]
+    own = nn.functional.pad(mask, (0, missing)).reshape(-1, pooled, frames)
+    states = nn.functional.pad(states, (0, 0, 0, missing)).reshape(-1, pooled, frames, states.shape[-1])
     return masked_mean(states, own), own.sum(-1)
 
 
@@ -63,6 +64,31 @@ def masked_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the second to last axis, weighted by the mask; zero where that is zero."""
     mask = mask.to(states.dtype).unsqueeze(-1)
     return (states * mask).sum(-2) / mask.sum(-2).clamp(min=1)
+
+
+class FrameNorm(nn.BatchNorm1d):
+    """Batch normalisation, without weights, of the clips' own frames alone; padding stays as it is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # masked
+        """(batch, frames, width) with a mask (batch, frames) -> the same shape."""
+        own = mask.bool().unsqueeze(-1)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            count = own.sum()
+            mean = torch.where(own, states, 0).sum((0, 1)) / count
+            variance = (torch.where(own, states - mean, 0) ** 2).sum((0, 1)) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = variance * count / (count - 1).clamp(min=1)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        normalised = (states - mean) * (variance + self.eps).rsqrt()
+        return torch.where(own, normalised.to(states.dtype), states)
 
 
 class AudioProjection(nn.Sequential):
@@ -233,6 +259,7 @@ __all__ = [
     "AudioProjection",
     "FeedForward",
     "FrameConv1d",
+    "FrameNorm",
     "LayerWeights",
     "PredictionHead",
     "SailerClassifierOutput",

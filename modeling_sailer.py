@@ -26,6 +26,7 @@ from .encoders_sailer import (
 )
 from .layers_sailer import (
     AudioProjection,
+    FrameNorm,
     LayerWeights,
     PredictionHead,
     SailerClassifierOutput,
@@ -174,7 +175,7 @@ class SailerModel(SailerPreTrainedModel):
             self.audio_layer_weights = LayerWeights(layers, normalize=config.audio_layers == "weighted_norm")
         width = speech_width(config.audio_config, config.audio_layers)
         if config.frame_norm:
-            self.audio_frame_norm = nn.BatchNorm1d(width, affine=False)
+            self.audio_frame_norm = FrameNorm(width)
         self.audio_projection = AudioProjection(width, config.hidden_size, config.conv_dropout)
         self.text_encoder: PreTrainedModel | None = None
         if config.text_config is not None:
@@ -255,14 +256,8 @@ class SailerModel(SailerPreTrainedModel):
             mask = states.new_ones(states.shape[:2], dtype=torch.long)
         if self.config.frame_pooling > 1 and not is_pooled:
             states, mask = pool_frames(states, mask, self.config.frame_pooling)
-        if self.config.frame_norm:  # of the clips' own frames alone
-            own = mask.bool()
-            if self.audio_frame_norm.training:
-                normalized = self.audio_frame_norm(states[own]).to(states.dtype)
-                states = states.masked_scatter(own.unsqueeze(-1), normalized)
-            else:  # each frame by itself, so that no shape depends on what the mask holds
-                normalized = self.audio_frame_norm(states.transpose(1, 2)).transpose(1, 2)
-                states = torch.where(own.unsqueeze(-1), normalized.to(states.dtype), states)
+        if self.config.frame_norm:
+            states = self.audio_frame_norm(states, mask)
         projected = self.audio_projection(states.transpose(1, 2)).transpose(1, 2)
         embeddings = masked_mean(projected, mask)
 
@@ -309,7 +304,7 @@ class SailerModel(SailerPreTrainedModel):
         if text_attention_mask is None:
             text_attention_mask = torch.ones_like(input_ids)
         is_empty = text_attention_mask.sum(1, keepdim=True) == 0
-        visible = torch.where(is_empty, 1, text_attention_mask)  # attention over nothing would be NaN
+        visible = text_attention_mask.masked_fill(is_empty, 1)  # attention over nothing would be NaN
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text),
             onednn_linear(self.config.onednn_linear, self.text_encoder),

@@ -420,8 +420,9 @@ def test_frame_norm_sees_the_clips_own_frames_alone(audio_layers: str, tiny_whis
         own = []
         for clip in clips:
             alone = processor(audio=clip, sampling_rate=16000)
-            states, _ = model.sailer.audio_hidden_states(alone["input_features"], alone["attention_mask"])
-            own.append(states[0] if audio_layers == "last" else model.sailer.audio_layer_weights(states)[0])
+            states, mask = model.sailer.audio_hidden_states(alone["input_features"], alone["attention_mask"])
+            states = states if audio_layers == "last" else model.sailer.audio_layer_weights(states)
+            own.append(states[mask])
     # PyTorch's running statistics start at 0 and 1 and move a tenth of the way to each batch's.
     norm, frames = model.sailer.audio_frame_norm, torch.cat(own)
     torch.testing.assert_close(norm.running_mean, 0.1 * frames.mean(0), atol=1e-5, rtol=1e-4)
