@@ -25,6 +25,7 @@ from transformers.utils import (
 )
 
 from .encoders_emotion2vec import Emotion2VecModel
+from .wavlm_sailer import FusedWavLMModel
 
 logger = logging.get_logger(__name__)
 
@@ -87,13 +88,14 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
                 f"{positions} ({positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
             )
         states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
-        states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)[:, :positions]
+        states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)
+        length = torch.sym_min(states.shape[1], positions)
         # As a call, so that an offloaded table is there when it is read.
-        states = states + self.embed_positions(torch.arange(states.shape[1], device=states.device))
+        states = states[:, :length] + self.embed_positions(torch.arange(length, device=states.device))
         states = nn.functional.dropout(states, p=self.dropout, training=self.training)
         mask = None
         if attention_mask is not None and not attend_to_padding:
-            mask = self._attention_bias(states, whisper_positions(attention_mask)[:, : states.shape[1]])
+            mask = self._attention_bias(states, whisper_positions(attention_mask)[:, :length])
 
         collected = []
         for layer in self.layers:
@@ -354,7 +356,7 @@ def _layer_states(config: PretrainedConfig, outputs: ModelOutput) -> torch.Tenso
     """(batch, layers, frames, width): of the layers alone where an adapter or an upsampling follows them."""
     states = outputs.get("hidden_states") or ()
     shapes = [tuple(state.shape) for state in states]
-    if len(states) != config.num_hidden_layers + 1 or len(set(shapes)) > 1:
+    if len(states) != config.num_hidden_layers + 1 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(
             f"The layers of a {config.model_type!r} encoder cannot be weighted: {config.num_hidden_layers + 1} states "
             f"of one shape are needed, and it gives {shapes or None}. Set audio_layers to 'last'."
@@ -411,6 +413,8 @@ def _encoder_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         return VariableLengthWhisperEncoder
     if config.model_type == "emotion2vec":
         return Emotion2VecModel  # whatever code a folder brings
+    if config.model_type == "wavlm":
+        return FusedWavLMModel
     encoders: Any = AutoModel._model_mapping  # transformers says pairs, for what may have a slow and a fast class
     try:
         return encoders[type(config)]
