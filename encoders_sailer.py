@@ -23,6 +23,7 @@ from transformers.utils import (
     cached_file,
     logging,
 )
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .encoders_emotion2vec import Emotion2VecModel
 from .wavlm_sailer import FusedWavLMModel
@@ -95,7 +96,7 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
         states = nn.functional.dropout(states, p=self.dropout, training=self.training)
         mask = None
         if attention_mask is not None and not attend_to_padding:
-            mask = self._attention_bias(states, whisper_positions(attention_mask)[:, :length])
+            mask = self._attention_bias(states, whisper_positions(attention_mask, length))
 
         collected = []
         for layer in self.layers:
@@ -197,7 +198,7 @@ def encode_audio(
     if is_whisper:
         outputs = encoder(audio, attention_mask, all_layers, attend_to_padding)
         states = all_hidden_states(outputs) if all_layers else outputs.last_hidden_state
-        return states, whisper_positions(attention_mask)[:, : states.shape[-2]]
+        return states, whisper_positions(attention_mask, states.shape[-2])
     if masks_padding(encoder.config):
         states = _run(encoder, audio, attention_mask, all_layers)
         count: Any = encoder._get_feat_extract_output_lengths
@@ -211,9 +212,11 @@ def all_hidden_states(outputs: ModelOutput) -> torch.Tensor:
     return torch.stack([*outputs["hidden_states"][:-1], outputs["last_hidden_state"]], dim=1)
 
 
-def whisper_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Mask over log-mel frames -> boolean mask over encoder positions (the second convolution has stride 2)."""
-    return attention_mask[:, ::2].bool()
+def whisper_positions(attention_mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Mask over log-mel frames -> boolean mask over the first `length` encoder positions (the second convolution has
+    stride 2)."""
+    # Gathered: a slice that may or may not cut makes two graphs.
+    return attention_mask[:, 2 * torch.arange(length, device=attention_mask.device)].bool()
 
 
 def transformer_layers(encoder: PreTrainedModel) -> nn.ModuleList:
@@ -243,7 +246,7 @@ def keep_layers(encoder: PreTrainedModel) -> None:
 def build_encoder(config: PretrainedConfig) -> PreTrainedModel:
     """A tower with fresh weights; raises ValueError for a configuration without an encoder."""
     encoder_class = _encoder_class(config)
-    return encoder_class._from_config(config, **_encoder_options(encoder_class))
+    return _ready(encoder_class._from_config(config, **_encoder_options(encoder_class)))
 
 
 def load_encoder(
@@ -301,6 +304,14 @@ def load_encoder(
         )
     if os.path.isdir(source):
         encoder.config._name_or_path = ""  # a path on this machine is of no use to others
+    return _ready(encoder)
+
+
+def _ready(encoder: PreTrainedModel) -> PreTrainedModel:
+    """Set up how transformers collects hidden states: at the first call, under a lock, it would break a compiled
+    graph."""
+    if getattr(encoder, "_can_record_outputs", None) and not isinstance(encoder, VariableLengthWhisperEncoder):
+        maybe_install_capturing_hooks(encoder)
     return encoder
 
 
