@@ -115,10 +115,11 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
     system = SailerForAudioClassification.from_pretrained(str(model), dtype=torch.float32).eval()
     processor = SailerProcessor.from_pretrained(str(model))
     started = time.perf_counter()
-    program = trace(system, _example(system, processor, (1.0, 0.7)))
+    example = _example(processor, (1.0, 0.7))
+    program = trace(system, example)
     digest = weights_digest(system)
     with adding_to_folder(folder) as staging:
-        files = _write(program, system, staging, precision)
+        files = _write(program, list(example), system, staging, precision)
         seconds = time.perf_counter() - started
         checks = _check(system, processor, staging / FILES[precision], precision)
         kept = _kept_files(folder, digest)
@@ -131,11 +132,14 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
             "opset": OPSET,
             "weights_sha256": digest,
             "files": kept,
-            "inputs": list(processor.model_input_names),
+            "inputs": list(example),
             "outputs": list(checks),
         }
         _write_companions(str(model), system, processor, staging)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for file in folder.glob("*.onnx*"):  # of other weights
+        if file.name not in kept:
+            file.unlink()
     size = sum(kept[name]["bytes"] for name in files) / 1e6
     print(f"{FILES[precision]}: {size:.1f} MB, made in {seconds:.0f} s; largest difference from torch by output:")
     for name, difference in checks.items():
@@ -199,7 +203,7 @@ def require(package: str, extra: str = "onnx") -> Any:
         raise ImportError(f"This needs {package}: pip install 'sailer[{extra}]'") from error
 
 
-def _example(system: nn.Module, processor: SailerProcessor, seconds: Iterable[float]) -> dict[str, torch.Tensor]:
+def _example(processor: SailerProcessor, seconds: Iterable[float]) -> dict[str, torch.Tensor]:
     """The inputs of noisy clips, of which the last has no transcript."""
     generator = np.random.default_rng(0)
     rate = processor.sampling_rate
@@ -210,14 +214,16 @@ def _example(system: nn.Module, processor: SailerProcessor, seconds: Iterable[fl
     return dict(processor(audio=clips, text=texts, sampling_rate=rate))
 
 
-def _write(program: torch.export.ExportedProgram, system: nn.Module, folder: Path, precision: str) -> list[str]:
+def _write(
+    program: torch.export.ExportedProgram, inputs: list[str], system: nn.Module, folder: Path, precision: str
+) -> list[str]:
     """Write the graph; the names of its files, the first that which is loaded."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in system.state_dict().values())
     path = folder / FILES["float32"]
     names = [name for name in OUTPUTS if name in _outputs(program)]
     made = _quietly(
         lambda: torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, output_names=names, verbose=False, external_data=False
+            program, dynamo=True, opset_version=OPSET, input_names=inputs, output_names=names, verbose=False
         )
     )
     assert made is not None
@@ -259,11 +265,8 @@ def _quantize(source: Path, target: Path, large: bool) -> Path:
     graph = onnx.load(str(source), load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
-    kept = [
-        node.name
-        for node in products
-        if node.op_type == "Gemm" or not weights & set(node.input) or ".heads." in "".join(node.input)
-    ]
+    # Of attention, both factors are computed.
+    kept = [node.name for node in products if node.op_type == "Gemm" or not weights & set(node.input)]
     _quietly(
         lambda: quantize_dynamic(
             str(source),
@@ -287,7 +290,7 @@ def _check(system: nn.Module, processor: SailerProcessor, path: Path, precision:
     names = [output.name for output in session.get_outputs()]
     differences = dict.fromkeys(names, 0.0)
     for seconds in CHECKED:
-        inputs = _example(system, processor, seconds)
+        inputs = _example(processor, seconds)
         with torch.inference_mode():
             expected = system(**inputs, output_hidden_states=False, return_dict=True)
         given = {name: value.numpy() for name, value in inputs.items()}
