@@ -53,9 +53,7 @@ def test_a_whole_folder_is_read(manifest: Callable[..., Path]) -> None:
 
 
 def test_a_file_of_another_version_is_refused(manifest: Callable[..., Path]) -> None:
-    with pytest.raises(
-        ExportError, match=r"was exported by sailer 0\.0\.9 and this is .*: sailer export"
-    ):
+    with pytest.raises(ExportError, match=r"was exported by sailer 0\.0\.9 and this is .*: sailer export"):
         read_manifest(manifest(sailer_version="0.0.9"))
 
 
