@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, WavLMConfig, WavLMModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -26,7 +27,7 @@ from transformers.utils import (
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .encoders_emotion2vec import Emotion2VecModel
-from .wavlm_sailer import FusedWavLMModel
+from .layers_sailer import FusedWavLMAttention
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +115,16 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
         # The values are not looked at, as transformers' own function does: that would wait for the device.
         bias = torch.zeros_like(own, dtype=states.dtype).masked_fill(~own, torch.finfo(states.dtype).min)
         return bias[:, None, None, :]
+
+
+class FusedWavLMModel(WavLMModel):
+    """transformers' WavLM, its weights and configuration, with `FusedWavLMAttention`."""
+
+    def __init__(self, config: WavLMConfig) -> None:
+        super().__init__(config)
+        for module in self.modules():
+            if type(module) is WavLMAttention:
+                module.__class__ = FusedWavLMAttention  # the same parts under the same names
 
 
 def masks_padding(config: PretrainedConfig) -> bool:
