@@ -108,7 +108,7 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
         states = self.layer_norm(states)
         return BaseModelOutput(states, hidden_states=(*collected, states) if output_hidden_states else None)
 
-    def _attention_bias(self, states: torch.Tensor, own: torch.Tensor) -> torch.Tensor | None:
+    def _attention_bias(self, states: torch.Tensor, own: torch.Tensor) -> Any:
         """What keeps attention off the padding, in the form that the attention kernel takes."""
         if self.config._attn_implementation not in ("eager", "sdpa"):
             return create_bidirectional_mask(self.config, states, own)

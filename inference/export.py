@@ -244,7 +244,7 @@ def _outputs(program: torch.export.ExportedProgram) -> list[str]:
 
 def _name_dimensions(model: Any) -> None:
     """Call the graph's free dimensions what they are, instead of what tracing called them."""
-    names = {}
+    names: dict[str, str] = {}
     for value in model.graph.inputs:
         for axis, size in enumerate(value.shape):
             if not isinstance(size, int):
@@ -259,21 +259,19 @@ def _name_dimensions(model: Any) -> None:
 def _quantize(source: Path, target: Path, large: bool) -> Path:
     """The encoders' matrix products with 8-bit weights, each output channel with its own scale; what they multiply is
     made 8-bit as it comes. Convolutions, heads and the fusion stay as they are: they are small and last."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    onnx = require("onnx")
+    quantization, onnx = require("onnxruntime.quantization"), require("onnx")
     graph = onnx.load(str(source), load_external_data=False).graph
     weights = {tensor.name for tensor in graph.initializer}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
     # Of attention, both factors are computed.
     kept = [node.name for node in products if node.op_type == "Gemm" or not weights & set(node.input)]
     _quietly(
-        lambda: quantize_dynamic(
+        lambda: quantization.quantize_dynamic(
             str(source),
             str(target),
             op_types_to_quantize=["MatMul"],
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
             nodes_to_exclude=kept,
             use_external_data_format=large,
         )
