@@ -151,8 +151,7 @@ class Emotion2VecConfig(PretrainedConfig):
 
     @property
     def audio_config(self) -> Self:
-        """The speech encoder's configuration, which is this one."""
-        return self
+        return self  # the speech encoder's
 
 
 class Emotion2VecFeatureExtractor(Wav2Vec2FeatureExtractor):
@@ -235,11 +234,14 @@ class Emotion2VecAttention(nn.Module):
         ]
         attend: Any = nn.functional.scaled_dot_product_attention
         if sizes is None:
-            attended = attend(*parts, bias, self.dropout if self.training else 0.0)
+            attended = attend(*parts, bias, self.dropout if self.training else 0.0).transpose(1, 2)
+            if torch.compiler.is_exporting():  # what attention is taken apart into lies otherwise in memory
+                attended = attended.clone(memory_format=torch.contiguous_format)
         else:
             clips = zip(*(part.split(sizes, dim=2) for part in parts), sizes, strict=True)
-            attended = torch.cat([attend(*clip, bias[..., :size, :size]) for *clip, size in clips], dim=2)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+            attended = [attend(*clip, bias[..., :size, :size]).transpose(1, 2) for *clip, size in clips]
+            attended = torch.cat(attended, dim=1)
+        return self.out_proj(attended.reshape(states.shape))
 
 
 class Emotion2VecLayer(GradientCheckpointingLayer):
@@ -380,16 +382,15 @@ class Emotion2VecModel(Emotion2VecPreTrainedModel):
             states = self._embed(input_values, own)
             biases = self._biases(states.shape[1], own)
         collected = self.encoder(states, biases, sizes)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        returned = collected if output_hidden_states else collected[-1:]
+        collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        returned = collected if collect else collected[-1:]
         if sizes is not None:
             longest = int(self._get_feat_extract_output_lengths(torch.tensor(input_values.shape[1])))
             returned = [
                 one_below_the_other(states, sizes, longest + self.config.num_extra_tokens) for states in returned
             ]
         returned = [states[:, self.config.num_extra_tokens :] for states in returned]
-        return BaseModelOutput(returned[-1], hidden_states=tuple(returned) if output_hidden_states else None)
+        return BaseModelOutput(returned[-1], hidden_states=tuple(returned) if collect else None)
 
     def own_frames(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """Mask (batch, samples) over samples -> boolean mask (batch, frames) over frames."""
@@ -401,8 +402,8 @@ class Emotion2VecModel(Emotion2VecPreTrainedModel):
 
     def _is_packed(self, input_values: torch.Tensor) -> bool:
         """Whether the clips go one after the other, without padding, which on a CPU would take as long as speech."""
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return input_values.device.type == "cpu" and not self.training and not is_traced
+        is_eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        return is_eager and input_values.device.type == "cpu" and not self.training
 
     def _embed(self, input_values: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
         """Waveforms (batch, samples) -> the extra tokens and the frames with their positions."""
@@ -456,9 +457,8 @@ class Emotion2VecForAudioClassification(Emotion2VecPreTrainedModel):
         mask = torch.ones_like(input_values) if attention_mask is None else attention_mask
         embeddings = masked_mean(states, self.emotion2vec.own_frames(mask))
         logits = self.classifier(embeddings)
-        unused = [label in self.config.unused_labels for label in self.config.labels]
-        if any(unused):
-            logits = logits.masked_fill(torch.tensor(unused, device=logits.device), torch.finfo(logits.dtype).min)
+        unused = torch.tensor([x in self.config.unused_labels for x in self.config.labels], device=logits.device)
+        logits = logits.masked_fill(unused, torch.finfo(logits.dtype).min)
         return SailerClassifierOutput(
             loss=None if labels is None else plain_loss(logits, labels),
             logits=logits,

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 import sailer
 from sailer.atomic import adding_to_folder
+from sailer.encoders_emotion2vec import Emotion2VecConfig, Emotion2VecForAudioClassification
 from sailer.encoders_sailer import VariableLengthWhisperEncoder, masks_padding
 from sailer.modeling_sailer import SailerForAudioClassification
 from sailer.processing_sailer import SailerProcessor
@@ -112,7 +115,7 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} holds something else than an export: name a new or empty folder.")
-    system = SailerForAudioClassification.from_pretrained(str(model), dtype=torch.float32).eval()
+    system = system_class(model).from_pretrained(str(model), dtype=torch.float32).eval()
     processor = SailerProcessor.from_pretrained(str(model))
     started = time.perf_counter()
     example = _example(processor, (1.0, 0.7))
@@ -145,6 +148,18 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
     for name, difference in checks.items():
         print(f"  {name:16} {difference:.1e}")
     return folder
+
+
+def system_class(source: str | os.PathLike, **located: Any) -> Any:
+    """The class of a system at a folder or Hub id: ours, or emotion2vec's own classifier.
+
+    Args:
+        source: folder or Hub id.
+        located: options of `from_pretrained` that say where it is.
+    """
+    settings = PretrainedConfig.get_config_dict(source, **located)[0]
+    is_emotion2vec = settings.get("model_type") == Emotion2VecConfig.model_type
+    return Emotion2VecForAudioClassification if is_emotion2vec else SailerForAudioClassification
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -13,10 +13,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from sailer.configuration_sailer import SailerConfig
-from sailer.inference.export import read_manifest
+from sailer.inference.export import read_manifest, system_class
 from sailer.layers_sailer import SailerClassifierOutput
-from sailer.modeling_sailer import SailerForAudioClassification
 
 
 class BackendError(ValueError):
@@ -83,7 +81,8 @@ class ExportedModel:
                 "reads: give another one, or export the system so."
             )
         self.path = self.folder / file
-        self.config = SailerConfig.from_pretrained(self.folder)
+        self._class = system_class(self.folder)
+        self.config = self._class.config_class.from_pretrained(self.folder)
         self.main_input_name = self.manifest["inputs"][0]
         self.device = torch.device("cpu")
         # By input: the sizes that the file fixes, None where any will do.
@@ -114,7 +113,7 @@ class ExportedModel:
     def probabilities(self, logits: torch.Tensor, prior: str = "balanced") -> torch.Tensor:
         """See `SailerForAudioClassification.probabilities`."""
         known: Any = self  # it asks for the configuration alone
-        return SailerForAudioClassification.probabilities(known, logits, prior)
+        return self._class.probabilities(known, logits, prior)
 
     def eval(self) -> Self:
         """Itself, as torch's modules do."""
