@@ -30,6 +30,7 @@ from sailer.data.statistics import class_counts, shared_speaker_warnings
 from sailer.hub.card import render_card
 from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
 from sailer.training import checks, tiny_backbones
+from sailer.training.checkpoints import run_identity
 from sailer.training.evaluation import (
     baselines,
     calibrate,
@@ -334,6 +335,7 @@ def fit(job: Job) -> SailerTrainer:
         eval_dataset=job.validation_rows,
         data_collator=collator,
         processing_class=system.processor,
+        identity=run_identity(settings, job.corpus, args.world_size),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.is_world_process_zero() and args.load_best_model_at_end:

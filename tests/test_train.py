@@ -106,8 +106,8 @@ def test_evaluating_the_folder_gives_its_own_figures(result: tuple[Path, str], t
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """As `--resume_from_checkpoint true`: the first epoch is not repeated, and the baseline still starts afresh."""
+def test_the_baseline_starts_afresh_in_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Cut after training, a run goes on with its last epoch; in mid-epoch see tests/test_resume.py."""
     import sailer.train
 
     options = OPTIONS | {"output_dir": str(tmp_path / "run"), "shuffled_label_baseline": True}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from sailer.data.sampler import EpochSampler, LongestFirst, PlannedDataset, longest_first
 from sailer.data.schema import LabelSet
+from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import SailerObjective
 
@@ -47,6 +51,7 @@ class SailerTrainer(Trainer):
             (https://arxiv.org/abs/1806.05236); 0 is off.
         evaluation_collator: makes evaluation batches; the training collator by default.
         processing_class: the `SailerProcessor`, saved with every checkpoint.
+        identity: what another run must share to go on with this one's checkpoints, by name.
         trainer_arguments: as `transformers.Trainer` takes them.
     """
 
@@ -65,6 +70,7 @@ class SailerTrainer(Trainer):
         manifold_mixup: float = 0.0,
         evaluation_collator: Any = None,
         processing_class: Any = None,
+        identity: Mapping[str, Any] | None = None,
         **trainer_arguments: Any,
     ) -> None:
         # Kept from Trainer, which would align the special tokens of a text generator with its tokenizer.
@@ -81,6 +87,11 @@ class SailerTrainer(Trainer):
             self.compute_metrics = self.report
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.identity = dict(identity or {})
+        self._staging: Path | None = None
+        self._frozen = ""
+        self._termination = checkpoints.TerminationCallback()
+        self.add_callback(self._termination)
         self.add_callback(_LineCallback if self.args.disable_tqdm else _BarCallback)
 
     def compute_loss(
@@ -216,10 +227,83 @@ class SailerTrainer(Trainer):
         }
         return output._replace(**parts)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, going on from a whole checkpoint of the same run or from none.
+
+        Raises:
+            CheckpointError: see `sailer.training.checkpoints.point_to_resume_from`.
+            Terminated: SIGTERM ended the training; its state is saved.
+        """
+        self._frozen = checkpoints.digest_of_frozen(self.model)
+        folder = checkpoints.point_to_resume_from(
+            resume_from_checkpoint, self.args.output_dir, self.identity, self._frozen
+        )
+        try:
+            return super().train(None if folder is None else str(folder), *args, **kwargs)
+        finally:
+            self._termination.restore()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Trainer's, written beside its place and renamed when it is whole; older ones are deleted after that."""
+        run_dir, step = Path(super()._get_output_dir(trial)), self.state.global_step
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self._staging, limit = run_dir / checkpoints.STAGING, self.args.save_total_limit
+        if self.args.should_save:
+            checkpoints.clear_staging(run_dir)
+        self.accelerator.wait_for_everyone()
+        best = str(folder) if self.state.best_global_step == step else self.state.best_model_checkpoint
+        try:
+            self.args.save_total_limit = None
+            super()._save_checkpoint(model, trial)
+            self.state.best_model_checkpoint = best
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                written = self._staging / folder.name
+                self.state.save_to_json(str(written / checkpoints.STATE))
+                checkpoints.seal(written, self.identity, self._frozen)
+                shutil.rmtree(folder, ignore_errors=True)
+                written.replace(folder)
+        except Exception as error:
+            raise checkpoints.CheckpointError(
+                f"Checkpoint {folder} could not be written: {error}. The last whole one is kept: make room, and go on "
+                "with resume_from_checkpoint: true."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        if self.args.should_save:
+            rotate_checkpoints(str(run_dir), limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        is_checkpoint = self._staging is not None and isinstance(self.model, PreTrainedModel)
+        if is_checkpoint and checkpoints.frozen_names(self.model):
+            folder.mkdir(parents=True, exist_ok=True)
+            cast(PreTrainedModel, self.model).config.save_pretrained(folder)
+            checkpoints.save_trained(self.model, folder)
+            torch.save(self.args, folder / "training_args.bin")
+        else:
+            super()._save(output_dir, state_dict)
         if self.processor is not None:
-            self.processor.save_pretrained(output_dir or self.args.output_dir)
+            self.processor.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if (Path(resume_from_checkpoint) / checkpoints.TRAINED_WEIGHTS).exists():
+            checkpoints.load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint or "")
+        if (best / checkpoints.TRAINED_WEIGHTS).exists():
+            checkpoints.load_trained(self.model, best)
+        else:
+            super()._load_best_model()
 
     def _with_evaluation_collator(self, make: Any, dataset: Any) -> torch.utils.data.DataLoader:
         training_collator, self.data_collator = self.data_collator, self.evaluation_collator
