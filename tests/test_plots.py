@@ -26,7 +26,7 @@ def test_confusion_matrix_writes_the_counts_and_the_clips_of_each_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = []
-    monkeypatch.setattr("sailer.training.plots._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("sailer.training.plots.save_figure", lambda figure, path: figures.append(figure))
     plot_confusion([0, 0, 0, 2], [0, 1, 1, 2], LABELS[:3], tmp_path / "confusion.png")
     axes = figures[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["1", "2", "0", "0", "0", "0", "0", "0", "1"]
@@ -74,7 +74,7 @@ def test_training_curve_shows_losses_with_their_parts_and_the_metrics(
     ]
     assert pixels(plot_training(history, tmp_path / "curve.png")).size
     figures = []
-    monkeypatch.setattr("sailer.training.plots._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("sailer.training.plots.save_figure", lambda figure, path: figures.append(figure))
     plot_training(history, tmp_path / "curve.png")
     losses, metrics = (
         {line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in figures[0].axes
