@@ -184,15 +184,15 @@ class Emotion2VecFeatureExtractor(Wav2Vec2FeatureExtractor):
 
 
 class Emotion2VecConvLayer(nn.Module):
-    """One convolution over the waveform: (batch, frames, width) -> (batch, fewer frames, width)."""
+    """One convolution over waveforms: (batch, frames, width) each -> (batch, fewer frames, width)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.conv = FrameConv1d(inputs, outputs, kernel, stride=stride, bias=False)
         self.layer_norm = nn.LayerNorm(outputs)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.gelu(self.layer_norm(self.conv(states)))
+    def forward(self, clips: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [nn.functional.gelu(self.layer_norm(states)) for states in self.conv(clips)]
 
 
 class Emotion2VecPositions(nn.Module):
@@ -206,15 +206,15 @@ class Emotion2VecPositions(nn.Module):
             for _ in range(config.conv_pos_layers)
         )
 
-    def forward(self, states: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
-        """states (batch, frames, width), and the mask (batch, frames) of each clip's own -> states."""
-        frames = states.shape[1]
+    def forward(self, clips: list[torch.Tensor], own: torch.Tensor | None) -> list[torch.Tensor]:
+        """states (batch, frames, width) each, and of padded ones the mask (batch, frames) of their own -> states."""
+        sizes = [states.shape[1] for states in clips]
         for conv in self.convs:
             # A clip alone ends in the convolution's zeros: beside longer clips it must see the same, at every layer.
-            states = states if own is None else states * own.unsqueeze(-1).to(states.dtype)
-            states = conv(states)[:, :frames]  # an even kernel gives one too many
-            states = nn.functional.gelu(nn.functional.layer_norm(states, states.shape[-1:]))
-        return states
+            clips = conv(clips if own is None else [states * own.unsqueeze(-1).to(states.dtype) for states in clips])
+            clips = [states[:, :size] for states, size in zip(clips, sizes, strict=True)]  # an even kernel adds one
+            clips = [nn.functional.gelu(nn.functional.layer_norm(states, states.shape[-1:])) for states in clips]
+        return clips
 
 
 class Emotion2VecAttention(nn.Module):
@@ -374,12 +374,12 @@ class Emotion2VecModel(Emotion2VecPreTrainedModel):
         sizes = None
         if attention_mask is not None and self._is_packed(input_values):
             lengths = attention_mask.sum(1).tolist()
-            clips = [self._embed(row[None, :length]) for row, length in zip(input_values, lengths, strict=True)]
+            clips = self._embed([row[None, :length] for row, length in zip(input_values, lengths, strict=True)])
             sizes = [clip.shape[1] for clip in clips]
             states, biases = torch.cat(clips, dim=1), self._biases(max(sizes), None)
         else:
             own = None if attention_mask is None else self.own_frames(attention_mask)
-            states = self._embed(input_values, own)
+            (states,) = self._embed([input_values], own)
             biases = self._biases(states.shape[1], own)
         collected = self.encoder(states, biases, sizes)
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -405,16 +405,16 @@ class Emotion2VecModel(Emotion2VecPreTrainedModel):
         is_eager = not torch.compiler.is_compiling() and not torch.jit.is_tracing()
         return is_eager and input_values.device.type == "cpu" and not self.training
 
-    def _embed(self, input_values: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
-        """Waveforms (batch, samples) -> the extra tokens and the frames with their positions."""
-        states = input_values.to(self.dtype).unsqueeze(-1)
+    def _embed(self, waveforms: list[torch.Tensor], own: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Waveforms, (batch, samples) each -> the extra tokens and the frames with their positions."""
+        clips = [waveform.to(self.dtype).unsqueeze(-1) for waveform in waveforms]
         for layer in self.feature_extractor:
-            states = layer(states)
-        states = self.feature_projection(states)
-        states = states + self.positions(states, own)
+            clips = layer(clips)
+        clips = [self.feature_projection(states) for states in clips]
+        clips = [states + place for states, place in zip(clips, self.positions(clips, own), strict=True)]
         if self.extra_tokens is None:
-            return states
-        return torch.cat([self.extra_tokens.expand(states.shape[0], -1, -1), states], dim=1)
+            return clips
+        return [torch.cat([self.extra_tokens.expand(states.shape[0], -1, -1), states], dim=1) for states in clips]
 
     def _biases(self, positions: int, own: torch.Tensor | None) -> list[torch.Tensor]:
         """What is added to the attention's scores, for all blocks or each; see `alibi_bias`."""
