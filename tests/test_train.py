@@ -113,7 +113,8 @@ def test_the_baseline_starts_afresh_in_a_resumed_run(tmp_path: Path, monkeypatch
     options = OPTIONS | {"output_dir": str(tmp_path / "run"), "shuffled_label_baseline": True}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sailer.train, "calibrate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run("demo", options | {"num_train_epochs": 1})
+        small = {f"corpus_options.{name}": value for name, value in options.pop("corpus_options").items()}
+        run("demo", options | small | {"num_train_epochs": 1})
     capsys.readouterr()
     arguments = ["train", "demo", "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "run")]
     arguments += [f"--corpus_options.{name}={value}" for name, value in SMALL.items()]

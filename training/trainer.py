@@ -275,12 +275,15 @@ class SailerTrainer(Trainer):
             self._staging = None
         if self.args.should_save:
             rotate_checkpoints(str(run_dir), limit, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()  # another process may load it next, as the best
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:  # another process writes, whose buffers count
+            return
         is_checkpoint = self._staging is not None and isinstance(self.model, PreTrainedModel)
         if is_checkpoint and checkpoints.frozen_names(self.model):
             folder.mkdir(parents=True, exist_ok=True)
