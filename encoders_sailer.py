@@ -89,15 +89,17 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
                 f"{frames} frames of audio take {(frames + 1) // 2} encoder positions and this encoder has "
                 f"{positions} ({positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
             )
+        torch._check(frames >= 4, lambda: f"{frames} frames are too few: give at least 4 (40 ms).")  # a compiler asks
         states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
         states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)
-        length = torch.sym_min(states.shape[1], positions)
+        # Behind a full window one position is left of the processor's silence: not cut, which would make two graphs.
+        index = torch.arange(states.shape[1], device=states.device).clamp(max=positions - 1)
         # As a call, so that an offloaded table is there when it is read.
-        states = states[:, :length] + self.embed_positions(torch.arange(length, device=states.device))
+        states = states + self.embed_positions(index)
         states = nn.functional.dropout(states, p=self.dropout, training=self.training)
         mask = None
         if attention_mask is not None and not attend_to_padding:
-            mask = self._attention_bias(states, whisper_positions(attention_mask, length))
+            mask = self._attention_bias(states, whisper_positions(attention_mask, states.shape[1]))
 
         collected = []
         for layer in self.layers:

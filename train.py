@@ -20,8 +20,8 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
 
 from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer
-from sailer.atomic import adding_to_folder
 from sailer.data import CorpusError, LabelSet, load_corpus
+from sailer.data.atomic import adding_to_folder
 from sailer.data.collator import SailerCollator
 from sailer.data.labels import distribution
 from sailer.data.preview import preview

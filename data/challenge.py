@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sailer.atomic import replacing
+from sailer.data.atomic import replacing
 from sailer.data.corpora.files import read_rows
 from sailer.data.corpora.msp_labels import EMOTION_CODES
 from sailer.data.schema import CorpusError, CorpusReport

@@ -15,8 +15,8 @@ import soundfile
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
-from sailer.atomic import replacing_folder
 from sailer.audio_sailer import load_audio
+from sailer.data.atomic import replacing_folder
 from sailer.data.corpora.msp_labels import CONSENSUS_FIELDS, EMOTION_CODES, NO_AGREEMENT_CODE
 from sailer.data.schema import NO_AGREEMENT, SECONDARY_LABELS, CorpusError, LabelSet
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from sailer.atomic import adding_to_folder
+from sailer.data.atomic import adding_to_folder
 from sailer.data.labels import distribution
 from sailer.data.rendering import clips_of, render, transcript_of
 from sailer.data.sampler import PlannedDataset

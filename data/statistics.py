@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from sailer.atomic import replacing_folder
+from sailer.data.atomic import replacing_folder
 from sailer.data.corpora.hub import LABEL_SET_FILE
 from sailer.data.labels import agreement, entropy, fleiss_kappa
 from sailer.data.schema import NO_AGREEMENT, UNLABELLED, CorpusError, CorpusReport, LabelSet

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sailer.atomic import replacing
+from sailer.data.atomic import replacing
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
-from sailer.atomic import replacing_folder
 from sailer.configuration_sailer import ATTRIBUTES, PRIMARY_LABELS, SailerConfig
+from sailer.data.atomic import replacing_folder
 from sailer.hub.card import render_converted_card
 from sailer.hub.emotion2vec import FILES as EMOTION2VEC_FILES
 from sailer.hub.emotion2vec import convert_emotion2vec, is_emotion2vec

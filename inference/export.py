@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 import sailer
-from sailer.atomic import adding_to_folder
+from sailer.data.atomic import adding_to_folder
 from sailer.encoders_emotion2vec import Emotion2VecConfig, Emotion2VecForAudioClassification
 from sailer.encoders_sailer import VariableLengthWhisperEncoder, masks_padding
 from sailer.modeling_sailer import SailerForAudioClassification

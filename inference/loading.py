@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 import sailer
-from sailer.atomic import replacing_folder
 from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
+from sailer.data.atomic import replacing_folder
 from sailer.hub.conversion import convert
 from sailer.inference.backends import onnx, openvino
 from sailer.inference.backends.base import BackendError

@@ -18,8 +18,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sailer.atomic import replacing
 from sailer.configuration_sailer import ATTRIBUTES, SailerConfig
+from sailer.data.atomic import replacing
 
 UNDECIDED = "undecided"
 DECIMALS = 6

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sailer.atomic import replacing
 from sailer.audio_sailer import URL_PREFIXES
+from sailer.data.atomic import replacing
 from sailer.inference.loading import check_precision, load
 from sailer.inference.outputs import EmbeddingFile, PredictionError, RowFile, columns_of, row_of, written_name
 from sailer.inference.submission import choose_recordings, submit

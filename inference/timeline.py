@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sailer.atomic import replacing
 from sailer.configuration_sailer import ATTRIBUTES
+from sailer.data.atomic import replacing
 from sailer.inference.outputs import by_label
 
 STEM_BYTES = 100  # of a recording's name in that of its picture; a file system takes some 250

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sailer.atomic import adding_to_folder, replacing, replacing_folder
+from sailer.data.atomic import adding_to_folder, replacing, replacing_folder
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every .py file in the root enters the wheel: a new one is a module of the package and listed here, or out of place.
 ROOT_MODULES = {
     "__init__",
-    "atomic",
     "audio_sailer",
     "cli",
     "configuration_sailer",

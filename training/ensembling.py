@@ -13,8 +13,8 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp
 from sklearn.linear_model import LogisticRegression
 
-from sailer.atomic import replacing_folder
 from sailer.data import LabelSet
+from sailer.data.atomic import replacing_folder
 from sailer.ensemble_sailer import SailerEnsemble
 from sailer.hub.card import render_ensemble_card
 from sailer.processing_sailer import SailerEnsembleProcessor

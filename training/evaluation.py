@@ -18,9 +18,9 @@ from scipy.special import log_softmax
 from transformers import EvalPrediction
 
 from sailer import SailerEnsemble, SailerForAudioClassification, SailerTrainer, SailerTrainingArguments
-from sailer.atomic import replacing
 from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
 from sailer.data import CorpusError, LabelSet, load_corpus
+from sailer.data.atomic import replacing
 from sailer.data.challenge import read_file_list, write_submission
 from sailer.data.collator import SailerCollator
 from sailer.ensemble_sailer import HEAD_OF_OUTPUT, load_system

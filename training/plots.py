@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sailer.atomic import replacing
+from sailer.data.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

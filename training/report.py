@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.special import log_softmax, softmax
 
-from sailer.atomic import replacing
+from sailer.data.atomic import replacing
 from sailer.data.rendering import render
 from sailer.data.schema import ATTRIBUTES, LabelSet
 from sailer.training.bootstrap import (

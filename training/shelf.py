@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from sailer.atomic import replacing
+from sailer.data.atomic import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sailer.atomic import replacing_folder
+from sailer.data.atomic import replacing_folder
 from sailer.inference.backends.base import BackendError, ExportedModel, import_extra, reason
 
 logger = logging.getLogger(__name__)
