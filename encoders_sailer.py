@@ -89,7 +89,8 @@ class VariableLengthWhisperEncoder(WhisperEncoder):
                 f"{frames} frames of audio take {(frames + 1) // 2} encoder positions and this encoder has "
                 f"{positions} ({positions / 50:.0f} s): cut the audio, or use the pipeline's chunk_length_s."
             )
-        torch._check(frames >= 4, _too_few_frames)  # a compiler asks
+        # A compiler asks; it takes a message without the count alone.
+        torch._check(frames >= 4, lambda: "Too few frames of audio: give at least 4 (40 ms).")
         states = nn.functional.gelu(self.conv1(input_features.to(self.conv1.weight.dtype)))
         states = nn.functional.gelu(self.conv2(states)).transpose(1, 2)
         # Behind a full window one position is left of the processor's silence: not cut, which would make two graphs.
@@ -318,10 +319,6 @@ def load_encoder(
     if os.path.isdir(source):
         encoder.config._name_or_path = ""  # a path on this machine is of no use to others
     return _ready(encoder)
-
-
-def _too_few_frames() -> str:
-    return "Too few frames of audio: give at least 4 (40 ms)."  # no count: a compiler takes constants alone
 
 
 def _ready(encoder: PreTrainedModel) -> PreTrainedModel:
