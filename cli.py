@@ -72,6 +72,18 @@ def evaluate(command: argparse.Namespace) -> Path | None:
     )
 
 
+def calibrate(command: argparse.Namespace) -> Path:
+    """Fit a system's temperature and prediction sets anew; on clips that it was not trained on."""
+    return _from("training.evaluation", "recalibrate")(
+        command.model,
+        command.corpus,
+        command.data_dir,
+        command.split,
+        corpus_options=_mapping("corpus_options", command.corpus_options),
+        batch_size=command.batch_size,
+    )
+
+
 def ensemble(command: argparse.Namespace) -> Path:
     """Make one system of several."""
     weights: str | list[float] | None = command.weights
@@ -191,6 +203,14 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--submission", choices=("categorical", "attributes"), help="write the challenge's file too")
     added.add_argument("--file_list", type=Path, metavar="FILE", help="what it must have: a CSV with FileName")
 
+    added = add(calibrate, "calibrate MODEL --corpus NAME [--data_dir DIR] [options]")
+    added.add_argument("model", metavar="MODEL", help="folder of a system or ensemble, whose config.json is rewritten")
+    added.add_argument("--corpus", required=True, metavar="NAME", help="clips that it was not trained on")
+    added.add_argument("--data_dir", metavar="DIR", help="the corpus's folder")
+    added.add_argument("--split", default="validation", metavar="S")
+    added.add_argument("--corpus_options", default="{}", metavar="YAML", help="as in a recipe: '{option: value}'")
+    added.add_argument("--batch_size", type=int, default=8, metavar="N")
+
     added = add(ensemble, "ensemble MODEL... FOLDER [options]")
     added.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids (user/name@revision) of systems")
     added.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write")
@@ -218,6 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--min_confidence", type=float, default=0.0, metavar="P", help="mark clips below it as undecided"
     )
+    added.add_argument("--coverage", type=float, metavar="P", help="add the sets that have so many clips' emotions")
+    added.add_argument("--coverage_by_class", action="store_true", help="of the clips of each emotion")
     added.add_argument("--transcriber", metavar="MODEL", help="speech recognition for systems that read transcripts")
     added.add_argument("--prior", choices=("balanced", "natural"), default="balanced", help="what the scores mean")
     added.add_argument("--batch_size", type=int, default=8, metavar="N")

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from .encoders_emotion2vec import Emotion2VecConfig  # noqa: F401 - so that "emotion2vec" is a model type that is known
+from .windows_sailer import check_conformal
 
 PRIMARY_LABELS = ("Angry", "Contempt", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise", "Other")
 MAJORITY_LABELS = ("Neutral", "Happy", "Sad", "Angry")
@@ -29,7 +30,7 @@ TARGET_WEIGHTINGS = ("none", "product", "normalized")
 NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")
 OF_THE_LABELS = (
     *("majority_labels", "scored_labels", "label_weights", "label_prior"),
-    *("target_weighting", "calibration_temperature"),
+    *("target_weighting", "calibration_temperature", "conformal"),
 )
 
 AUTO_MAP = {
@@ -101,6 +102,8 @@ class SailerConfig(PretrainedConfig):
         label_prior (list of `float`, *optional*): q, the mean of all training clips' vote distributions.
         calibration_temperature (`float`, defaults to 1.0): divides the logits of the natural prior; fitted on
             validation data.
+        conformal (`dict`, *optional*): scores of calibration clips, from which prediction sets of any coverage are
+            made (`windows_sailer.prediction_set`); fitted on validation data.
         text_dropout (`float`, defaults to 0.0): share of training clips whose transcript was withheld; above zero the
             system may be run on speech alone.
         onednn_linear (`str`, defaults to `"auto"`): whether the towers' float32 products on a CPU are done by oneDNN:
@@ -139,6 +142,7 @@ class SailerConfig(PretrainedConfig):
         label_weights: Sequence[float] | None = None,
         label_prior: Sequence[float] | None = None,
         calibration_temperature: float = 1.0,
+        conformal: Mapping[str, Any] | None = None,
         text_dropout: float = 0.0,
         onednn_linear: str = "auto",
         **kwargs: Any,
@@ -184,6 +188,7 @@ class SailerConfig(PretrainedConfig):
             majority_labels if majority_labels is not None else [x for x in MAJORITY_LABELS if x in names]
         )
         self.scored_labels = list(scored_labels if scored_labels is not None else [x for x in names if x != "Other"])
+        self.conformal = check_conformal(conformal, names)
         self._check_numbers()
         self._check(heads, names)
 

@@ -17,13 +17,16 @@ from transformers.utils import logging
 from .audio_sailer import MINIMUM_SECONDS, read_audio
 from .configuration_sailer import ATTRIBUTES, SailerConfig
 from .processing_sailer import SailerProcessor
-from .windows_sailer import ITEM_ERRORS, Clip, count_of, cut_windows, run_ahead
+from .windows_sailer import ITEM_ERRORS, Clip, count_of, cut_windows, run_ahead, set_of
 
 logger = logging.get_logger(__name__)
 
 PRIORS = ("balanced", "natural")
 FUNCTIONS = ("softmax", "none")
 ON_ERROR = ("raise", "return")
+PREPROCESS = ("chunk_length_s", "stride_length_s", "transcriber")
+SETS = ("prior", "function_to_apply", "coverage", "coverage_by_class")  # options that say what a set is made of
+POSTPROCESS = ("top_k", "return_all", "return_embedding", "return_timestamps", *SETS)
 # Clips of like length are looked for among this many batches; results wait no longer than that.
 BUFFERED_BATCHES = 8
 # A larger pass is slower on a CPU, because its activations fall out of the cache (measured: 15 % at eight of 15 s).
@@ -101,12 +104,16 @@ class SpeechEmotionPipeline(Pipeline):
                 window of it in the model, memory. Its neighbours in a batch get their results.
             top_k: how many labels; all by default.
             return_all: give a dict: "primary" (the list of labels), "label" (the decision among the scored classes),
-                "secondary", "attributes" (in [0, 1]) and "attributes_1_7", "sex", "age", "transcript", as far as the
-                system has them, and "embedding", an array of shape (width,). All but that is ready for JSON.
+                "set" (the labels that are possible, see `coverage`), "secondary", "attributes" (in [0, 1]) and
+                "attributes_1_7", "sex", "age", "transcript", as far as the system has them, and "embedding", an array
+                of shape (width,). All but that is ready for JSON.
             return_embedding: `False` leaves the embedding out.
             prior: "balanced", the paper's scores; or "natural", which estimates the annotators' distribution.
             function_to_apply: "softmax" (the default) or "none", which gives the emotions' logits, to which no prior
                 applies. The emotions are one distribution: "sigmoid" is refused.
+            coverage: share of clips like those of the calibration split whose "set" has what annotators would agree
+                on, 0.9 by default: the system's conformal prediction sets, see `windows_sailer.prediction_set`.
+            coverage_by_class: whether each class has a threshold of its own, so that this holds for each of them.
             chunk_length_s: longest audio that is heard at once; longer audio is cut into windows of this length. By
                 default the longest that the system was trained on; 0 for no windows, which refuses audio that the
                 encoder would cut.
@@ -122,8 +129,8 @@ class SpeechEmotionPipeline(Pipeline):
             with `return_timestamps`; a list or generator of these for many inputs.
 
         Raises:
-            ValueError: audio that cannot be used, or a system that needs transcripts and has neither them nor a
-                transcriber.
+            ValueError: audio that cannot be used, a system that needs transcripts and has neither them nor a
+                transcriber, or a coverage outside (0, 1) or of a system without calibration scores.
             FileNotFoundError: no such file.
         """
         preprocess, _, postprocess = self._sanitize_parameters(**options)
@@ -166,11 +173,9 @@ class SpeechEmotionPipeline(Pipeline):
         return self._encode(items, size, workers, self._preprocess_params | options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = ("chunk_length_s", "stride_length_s", "transcriber")
-        postprocess = ("top_k", "return_all", "return_embedding", "return_timestamps", "prior", "function_to_apply")
         for name in options:
-            if name not in preprocess + postprocess:
-                near = difflib.get_close_matches(name, preprocess + postprocess, 1)
+            if name not in PREPROCESS + POSTPROCESS:
+                near = difflib.get_close_matches(name, PREPROCESS + POSTPROCESS, 1)
                 raise TypeError(f"Unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
         _one_of("prior", options.get("prior", PRIORS[0]), PRIORS)
         _one_of("function_to_apply", options.get("function_to_apply", FUNCTIONS[0]), FUNCTIONS)
@@ -182,10 +187,12 @@ class SpeechEmotionPipeline(Pipeline):
             count_of("top_k", options["top_k"], 1)
         if options.get("transcriber") is not None and self.processor.tokenizer is None:
             raise ValueError("This is a speech-only system: it reads no transcripts, so leave transcriber out.")
+        given = getattr(self, "_postprocess_params", {}) | options
+        set_of(self.model.config, {}, **{name: given[name] for name in SETS if name in given})  # whether it can be had
         return (
-            {name: options[name] for name in preprocess if name in options},
+            {name: options[name] for name in PREPROCESS if name in options},
             {},
-            {name: options[name] for name in postprocess if name in options},
+            {name: options[name] for name in POSTPROCESS if name in options},
         )
 
     def preprocess(  # type: ignore[override]  # a Clip holds more than the model's inputs
@@ -243,6 +250,8 @@ class SpeechEmotionPipeline(Pipeline):
         prior: str = "balanced",
         return_embedding: bool = True,
         function_to_apply: str = "softmax",
+        coverage: float | None = None,
+        coverage_by_class: bool = False,
     ) -> Any:
         """Results of one recording from the outputs of its windows; see `__call__`."""
         clip = model_outputs
@@ -253,11 +262,12 @@ class SpeechEmotionPipeline(Pipeline):
             values["primary"] = stacked["logits"]
         if not return_embedding:
             del values["embedding"]
+        sets = dict(zip(SETS, (prior, function_to_apply, coverage, coverage_by_class), strict=True))
         if return_timestamps:
             results = []
             for index, timestamp in enumerate(clip.timestamps):
                 row = {name: value[index] for name, value in values.items()}
-                described = self._describe(row, top_k, clip.text or clip.texts.get(index))
+                described = self._describe(row, top_k, clip.text or clip.texts.get(index), sets)
                 main = next(iter(described))
                 results.append({"timestamp": timestamp} | (described if return_all else {main: described[main]}))
             return results
@@ -265,7 +275,7 @@ class SpeechEmotionPipeline(Pipeline):
         share = durations / durations.sum()
         means = {name: torch.einsum("w,w...->...", share, value) for name, value in values.items()}
         heard = " ".join(clip.texts[index] for index in sorted(clip.texts)) if clip.texts else None
-        described = self._describe(means, top_k, clip.text or heard)
+        described = self._describe(means, top_k, clip.text or heard, sets)
         return described if return_all else _as_list(described)
 
     def get_inference_context(self) -> Callable:
@@ -409,13 +419,17 @@ class SpeechEmotionPipeline(Pipeline):
             values["age"] = outputs["age"]
         return values | {"embedding": outputs["embeddings"]}
 
-    def _describe(self, values: dict[str, torch.Tensor], top_k: int | None, transcript: str | None) -> dict[str, Any]:
+    def _describe(
+        self, values: dict[str, torch.Tensor], top_k: int | None, transcript: str | None, sets: Mapping[str, Any]
+    ) -> dict[str, Any]:
         config: SailerConfig = self.model.config
         described: dict[str, Any] = {}
         if "primary" in values:
             scores = dict(zip(config.labels, values["primary"].tolist(), strict=True))
             described["primary"] = _ranked(scores)[:top_k]
             described["label"] = max(config.scored_labels, key=scores.__getitem__)
+            possible = set_of(config, scores, **sets)
+            described |= {} if possible is None else {"set": possible}
         if "attributes" in values:
             described["attributes"] = dict(zip(ATTRIBUTES, values["attributes"].tolist(), strict=True))
             described["attributes_1_7"] = {name: 1 + 6 * value for name, value in described["attributes"].items()}

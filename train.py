@@ -269,6 +269,7 @@ def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset) -
     weights = label_weights(prior, label_set.labels)
     objective = SailerObjective(settings.objective, weights, prior)
     model.config.label_prior = prior.tolist()
+    model.config.conformal = None  # a base model's are of its own weights
     model.config.label_weights = objective.implied_label_weights(len(label_set.labels)).tolist()
     model.config.target_weighting = settings.objective.target_weighting
     model.config.text_dropout = settings.augmentation.text_dropout

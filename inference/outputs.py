@@ -22,6 +22,7 @@ from sailer.configuration_sailer import ATTRIBUTES, SailerConfig
 from sailer.data.atomic import replacing
 
 UNDECIDED = "undecided"
+SEPARATOR = ";"
 DECIMALS = 6
 ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
 # What a line of UTF-8 cannot hold: control characters, line ends, bytes that are not UTF-8; and what looks escaped.
@@ -52,9 +53,9 @@ def named_file(written: str) -> str:
     return content.decode("utf-8", "surrogateescape")
 
 
-def columns_of(config: SailerConfig, has_transcripts: bool) -> list[str]:
+def columns_of(config: SailerConfig, has_transcripts: bool, has_sets: bool = False) -> list[str]:
     """A row's columns for what a system has heads for."""
-    columns = ["label", "score", *config.labels] if "primary" in config.heads else []
+    columns = ["label", "score", *["set"] * has_sets, *config.labels] if "primary" in config.heads else []
     if "attributes" in config.heads:
         columns += ATTRIBUTES
     if "secondary" in config.heads:
@@ -65,12 +66,14 @@ def columns_of(config: SailerConfig, has_transcripts: bool) -> list[str]:
 
 
 def row_of(result: Mapping[str, Any], min_confidence: float) -> dict[str, Any]:
-    """What the pipeline's `return_all=True` gives, by column; see `columns_of`."""
+    """What the pipeline's `return_all=True` gives, by column; see `columns_of`. The labels of a set stand in one cell,
+    between semicolons."""
     scores = by_label(result.get("primary", []))
     row: dict[str, Any] = {}
     if scores:
         score = scores[result["label"]]
         row = {"label": result["label"] if score >= min_confidence else UNDECIDED, "score": score}
+        row |= {"set": SEPARATOR.join(result["set"])} if "set" in result else {}
     row |= scores | by_label(result.get("attributes", {})) | by_label(result.get("sex", []))
     row |= {_secondary(label): score for label, score in by_label(result.get("secondary", [])).items()}
     row |= {name: result[name] for name in ("age", "transcript") if name in result}

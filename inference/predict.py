@@ -53,9 +53,12 @@ class PredictionSettings:
         transcriber: speech-recognition model for systems that read transcripts.
         timeline: also write a row per window, and a PNG per recording.
         embeddings: file for the clips' embeddings, .safetensors or .npz.
+        coverage: also write each clip's prediction set, of this coverage; `coverage_by_class` asks for it within each
+            class (and without `coverage` for 0.9).
 
     Raises:
-        PredictionError: a confidence outside [0, 1], or embeddings to a file of another kind.
+        PredictionError: a confidence outside [0, 1], a coverage outside (0, 1), or embeddings to a file of another
+            kind.
     """
 
     model: str
@@ -68,12 +71,20 @@ class PredictionSettings:
     embeddings: str | None = None
     backend: str = "torch"
     precision: str | None = None
+    coverage: float | None = None
+    coverage_by_class: bool = False
 
     def __post_init__(self) -> None:
+        if self.coverage is not None and not 0 < self.coverage < 1:
+            raise PredictionError(f"coverage is {self.coverage}; it must lie between 0 and 1, such as 0.9.")
         if not 0 <= self.min_confidence <= 1:
             raise PredictionError(f"min_confidence is {self.min_confidence}; it must be between 0 and 1.")
         if self.embeddings is not None and Path(self.embeddings).suffix not in EMBEDDING_SUFFIXES:
             raise PredictionError(f"embeddings go to a file in {list(EMBEDDING_SUFFIXES)}, not {self.embeddings}.")
+
+    @property
+    def has_sets(self) -> bool:
+        return self.coverage is not None or self.coverage_by_class
 
 
 def main(command: argparse.Namespace) -> int:
@@ -147,7 +158,7 @@ def predict(
     _check_settings(settings, output)
     classifier = load_classifier(settings, batch_size, num_workers, device, dtype)
 
-    columns = columns_of(classifier.model.config, settings.transcriber is not None)
+    columns = columns_of(classifier.model.config, settings.transcriber is not None, settings.has_sets)
     rows = RowFile(output, ["file", "seconds", *columns, "warning", "error"], format)
     timeline = embeddings = None
     if settings.timeline:
@@ -228,6 +239,8 @@ def load_classifier(
     if dtype != "auto" and settings.precision not in (None, dtype):
         raise PredictionError(f"dtype is {dtype} and precision {settings.precision}: give one of them.")
     options = {name: getattr(settings, name) for name in ("chunk_length_s", "stride_length_s", "transcriber", "prior")}
+    if settings.has_sets:
+        options |= {"coverage": settings.coverage, "coverage_by_class": settings.coverage_by_class}
     if settings.backend != "torch" and dtype != "auto":
         raise PredictionError(f"dtype is torch's; for the backend {settings.backend!r} give precision.")
     precision = settings.precision or (dtype if settings.backend == "torch" else None)
@@ -285,10 +298,11 @@ def _judge(
     if clip.error is not None:
         return None
     try:
-        result = classifier.postprocess(clip, return_all=True, prior=settings.prior)
+        options = {name: getattr(settings, name) for name in ("prior", "coverage", "coverage_by_class")}
+        result = classifier.postprocess(clip, return_all=True, **options)
         windows = []
         if timeline is not None:
-            results = classifier.postprocess(clip, return_all=True, return_timestamps=True, prior=settings.prior)
+            results = classifier.postprocess(clip, return_all=True, return_timestamps=True, **options)
             windows = [
                 {"file": name, "start": round(start, 3), "end": round(end, 3)}
                 | row_of(window, settings.min_confidence)

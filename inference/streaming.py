@@ -12,8 +12,8 @@ import soxr
 import torch
 
 from sailer.audio_sailer import MINIMUM_SECONDS, read_audio
-from sailer.pipeline_sailer import SpeechEmotionPipeline
-from sailer.windows_sailer import SHORTEST_LAST_WINDOW, at_least
+from sailer.pipeline_sailer import SETS, SpeechEmotionPipeline
+from sailer.windows_sailer import SHORTEST_LAST_WINDOW, at_least, set_of
 
 SHORTEST_HOP = 0.02  # seconds: encoders have a frame in 20 ms, and between two frames is nothing new
 MOST_CHANNELS = 32  # of a block: more are samples, in a block of shape (channels, samples)
@@ -47,9 +47,10 @@ class EmotionStream:
         hop_s: seconds from one result to the next, at most `chunk_s`: otherwise audio would go unheard.
         smooth_s: time constant of an exponential smoothing, in seconds: from the result before, t seconds ago, each
             goes 1 - exp(-t / smooth_s) of the way to what its own window gives. Scores, attributes, age and embedding
-            are smoothed, and the decision is taken on them. 0 (the default) for none.
-        options: of the pipeline's call: `top_k`, `return_all`, `return_embedding`, `prior`, `function_to_apply` and
-            `transcriber`, which hears each window of a system that reads transcripts.
+            are smoothed, and the decision and the set are taken on them. 0 (the default) for none.
+        options: of the pipeline's call: `top_k`, `return_all`, `return_embedding`, `prior`, `function_to_apply`,
+            `coverage`, `coverage_by_class`, and `transcriber`, which hears each window of a system that reads
+            transcripts.
 
     Raises:
         ValueError: a length out of its range, a chunk longer than the encoder takes, an option's value, or a system
@@ -78,6 +79,7 @@ class EmotionStream:
         given = getattr(classifier, "_postprocess_params", {}) | options
         self.return_all, self.top_k = bool(given.get("return_all", False)), given.get("top_k")
         self.options = options
+        self._sets = {name: given[name] for name in SETS if name in given}
         try:
             self._judged(np.zeros(self.chunk, np.float32))
         except ValueError as error:
@@ -231,11 +233,14 @@ class EmotionStream:
         if self._last is not None:
             before, previous = self._last
             share = -math.expm1((before - end) / self.smooth_s)
-            for name in result.keys() & previous.keys() - {"timestamp", "label", "transcript"}:
+            for name in result.keys() & previous.keys() - {"timestamp", "label", "set", "transcript"}:
                 result[name] = _mixed(previous[name], result[name], share)
         if "primary" in result:
             scores = {row["label"]: row["score"] for row in result["primary"]}
-            result["label"] = max(self.classifier.model.config.scored_labels, key=scores.__getitem__)
+            config = self.classifier.model.config
+            result["label"] = max(config.scored_labels, key=scores.__getitem__)
+            if "set" in result:
+                result["set"] = set_of(config, scores, **self._sets)
         self._last = end, result
         shown = dict(result)
         if "primary" in shown:

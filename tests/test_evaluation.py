@@ -88,14 +88,25 @@ def test_the_natural_prior_is_fitted_and_reported(tiny_speech_sailer: Path) -> N
     logits = 3 * np.log(distributions) + np.log(weights)
     model = SailerForAudioClassification.from_pretrained(tiny_speech_sailer)
     model.config.label_weights = weights.tolist()
-    prediction = PredictionOutput({"logits": logits}, {"labels": distributions}, {})
-    unknown = np.full((2, 9), np.nan)
+    consensus = distributions.argmax(axis=1)
+    prediction = PredictionOutput({"logits": logits}, {"labels": distributions, "consensus": consensus}, {})
+    unknown, none = np.full((2, 9), np.nan), np.full(2, -1)
     with_unknown = PredictionOutput(
-        {"logits": np.vstack([logits, np.eye(9)[:2]])}, {"labels": np.vstack([distributions, unknown])}, {}
+        {"logits": np.vstack([logits, np.eye(9)[:2]])},
+        {"labels": np.vstack([distributions, unknown]), "consensus": np.append(consensus, none)},
+        {},
     )
     calibrate(model, with_unknown)
     assert model.config.calibration_temperature == pytest.approx(3, rel=1e-3)
+    scored = int((consensus < 8).sum())
+    assert model.config.conformal["clips"] == scored and set(model.config.conformal["scores"]) == {
+        "balanced",
+        "natural",
+    }
     report = calibration_report(model, prediction)
+    sets = {name: report.pop(name) for name in list(report) if name.startswith("set90_")}
+    # The clips on which they were fitted have the coverage that was asked for, and one that none was kept of.
+    assert 0.9 <= sets["set90_coverage"] <= 0.92 and sets["set90_by_class_coverage"] >= 0.9 and len(sets) == 4
     sharp = distribution_metrics(natural_probabilities(logits, weights), distributions)
     assert report == pytest.approx(
         {"natural_kl": 0, "natural_js": 0, "natural_ece": 0}
@@ -105,6 +116,7 @@ def test_the_natural_prior_is_fitted_and_reported(tiny_speech_sailer: Path) -> N
     assert sharp["kl"] > 0.1
     balanced = distribution_metrics(softmax(logits, axis=1), distributions)
     assert abs(balanced["kl"] - sharp["kl"]) > 0.05
-    calibrate(model, PredictionOutput({"logits": logits[:2]}, {"labels": unknown}, {}))
+    calibrate(model, PredictionOutput({"logits": logits[:2]}, {"labels": unknown, "consensus": none}, {}))
     assert model.config.calibration_temperature == pytest.approx(3, rel=1e-3), "nothing is known of these clips"
+    assert model.config.conformal is None
     assert calibration_report(model, PredictionOutput({"age": logits[:, 0]}, {}, {})) == {}

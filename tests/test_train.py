@@ -81,6 +81,9 @@ def test_the_config_keeps_what_the_scores_mean(result: tuple[Path, str]) -> None
     assert prior.sum() == pytest.approx(1) and (prior * weights).sum() == pytest.approx(1)
     np.testing.assert_allclose(weights[prior > 0], 1 / ((prior > 0).sum() * prior[prior > 0]))
     assert config.target_weighting == "product" and config.calibration_temperature != 1.0
+    assert config.conformal["clips"] > 0 and set(config.conformal["scores"]) == {"balanced", "natural"}
+    metrics = json.loads((result[0] / "metrics.json").read_text())
+    assert metrics["validation"]["set90_coverage"] >= 0.9 and metrics["test"]["set90_size"] >= 1
     assert config.audio_config._name_or_path == ""
 
 

@@ -18,7 +18,6 @@ from sailer.data.atomic import replacing_folder
 from sailer.ensemble_sailer import SailerEnsemble
 from sailer.hub.card import render_ensemble_card
 from sailer.processing_sailer import SailerEnsembleProcessor
-from sailer.training.calibration import fit_temperature
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def build_ensemble(
         weights: the members' shares, or "fit": those that make the validation split's consensus labels likeliest,
             each class counting the same.
         corpus, data_dir, split, corpus_options: labelled clips to fit on, for "fit" and "stacked". With them the
-            natural prior's temperature is fitted too.
+            natural prior's temperature is fitted too, and prediction sets where nothing else is.
         batch_size: clips per batch.
         heads, references: see `SailerEnsemble.from_pretrained`.
 
@@ -57,7 +56,7 @@ def build_ensemble(
         ValueError: nothing to fit on, weights for a stacked ensemble, or members that do not fit together.
         CorpusError: see `evaluate_models`.
     """
-    from sailer.training.evaluation import label_set_of, labelled_rows, predict
+    from sailer.training.evaluation import calibrate, label_set_of, labelled_rows, predict
 
     fits = combine == "stacked" or weights == FIT
     if combine == "stacked" and weights is not None:
@@ -86,7 +85,9 @@ def build_ensemble(
             ensemble.weights.copy_(torch.from_numpy(fit_weights(logits, labels, label_set, combine)))
         if combine == "stacked":
             ensemble = _stacked(ensemble, logits, labels)
-        _calibrate(ensemble, logits, prediction.label_ids["labels"])
+        calibrate(ensemble, prediction, sets=not fits)
+        if fits:  # scores of clips on which shares were fitted are better than those of others
+            logger.warning("For prediction sets name other clips than these with: sailer calibrate %s", folder)
     with replacing_folder(folder) as beside:
         ensemble.save_pretrained(beside)
         processor.save_pretrained(beside)
@@ -187,16 +188,3 @@ def _stacked(ensemble: SailerEnsemble, logits: np.ndarray, labels: np.ndarray) -
     tensors, config.label_weights = fit_stack(logits, labels, config.labels)
     config.combine = "stacked"
     return SailerEnsemble(config, list(ensemble.members), tensors).eval()
-
-
-def _calibrate(ensemble: SailerEnsemble, logits: np.ndarray, distributions: np.ndarray) -> None:
-    """Fit the natural prior's temperature, where the prior is known and the clips have votes."""
-    try:
-        natural = ensemble.probabilities(torch.from_numpy(logits), "natural").double().clamp(min=1e-12)
-    except ValueError as error:
-        logger.warning("The natural prior stays as it is: %s", error)
-        return
-    known = ~np.isnan(distributions).any(axis=1)
-    if known.any():
-        temperature = fit_temperature(natural.log().numpy()[known], distributions[known])
-        ensemble.config.calibration_temperature = temperature

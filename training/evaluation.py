@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from transformers import EvalPrediction
 
 from sailer import SailerEnsemble, SailerForAudioClassification, SailerTrainer, SailerTrainingArguments
@@ -26,11 +27,14 @@ from sailer.data.collator import SailerCollator
 from sailer.ensemble_sailer import HEAD_OF_OUTPUT, load_system
 from sailer.processing_sailer import SailerEnsembleProcessor, SailerProcessor
 from sailer.training.calibration import fit_temperature, natural_probabilities
+from sailer.training.conformal import fit_conformal, known_probabilities, set_figures
 from sailer.training.losses import ObjectiveSettings, SailerObjective
 from sailer.training.metrics import decisions, distribution_metrics, majority_class_f1
 from sailer.training.plots import plot_confusion
 from sailer.training.report import Evaluated, add_intervals, write_report, write_table
 from sailer.training.trainer import CONSENSUS, SplitPrediction
+
+logger = logging.getLogger(__name__)
 
 ENSEMBLE = "ensemble"
 TARGET_OF_HEAD = {
@@ -54,6 +58,10 @@ SUMMARY = {
     "ece": "calibration error, balanced prior",
     "natural_uncalibrated_ece": "  natural prior",
     "natural_ece": "  natural prior, fitted temperature",
+    "set90_coverage": "prediction sets of 90 %: have the consensus",
+    "set90_size": "  classes in a set",
+    "set90_by_class_coverage": "  a threshold for each class",
+    "set90_by_class_size": "  classes in a set",
 }
 
 
@@ -178,19 +186,92 @@ def baselines(
     return found
 
 
-def calibrate(model: SailerForAudioClassification, validation: SplitPrediction) -> None:
-    """Fit the natural prior's temperature on the validation set's soft labels and keep it in the model's config."""
-    if "logits" in validation.predictions:
-        distributions = validation.label_ids["labels"]
-        known = ~np.isnan(distributions).any(axis=1)
-        if known.any():
-            model.config.calibration_temperature = fit_temperature(
-                validation.predictions["logits"][known], distributions[known], model.config.label_weights
-            )
+def calibrate(
+    model: SailerForAudioClassification | SailerEnsemble, validation: SplitPrediction, sets: bool = True
+) -> None:
+    """Fit the natural prior's temperature on the validation set's soft labels, and the scores for prediction sets on
+    its consensus; both are kept in the model's config.
+
+    Args:
+        model: a system or an ensemble.
+        validation: what it says of clips that it was not trained on, and their labels.
+        sets: False leaves the system without sets, for clips on which more than a temperature was fitted.
+    """
+    if "logits" not in validation.predictions:
+        return
+    distributions = validation.label_ids["labels"]
+    known = ~np.isnan(distributions).any(axis=1)
+    if known.any():
+        _fit_temperature(model, validation.predictions, distributions, known)
+    model.config.conformal = None
+    if sets:
+        probabilities, labels = known_probabilities(model, validation.predictions), validation.label_ids[CONSENSUS]
+        model.config.conformal = fit_conformal(probabilities, labels, label_set_of(model.config))
+
+
+def _fit_temperature(
+    model: Any, outputs: Mapping[str, np.ndarray], distributions: np.ndarray, known: np.ndarray
+) -> None:
+    config = model.config
+    if "member_logits" not in outputs:
+        logits = outputs["logits"][known]
+        config.calibration_temperature = fit_temperature(logits, distributions[known], config.label_weights)
+        return
+    config.calibration_temperature = 1.0  # an ensemble's divides what its members, each with its own, say together
+    natural = _natural(model, outputs["member_logits"])
+    if natural is None:
+        logger.warning("A member's training weights are not known: the natural prior stays as it is.")
+        return
+    combined = np.log(natural.astype(np.float64).clip(min=1e-12))
+    config.calibration_temperature = fit_temperature(combined[known], distributions[known])
+
+
+def recalibrate(
+    model: str | Path,
+    corpus: str,
+    data_dir: str | Path | None = None,
+    split: str = "validation",
+    corpus_options: Mapping[str, Any] | None = None,
+    batch_size: int = 8,
+) -> Path:
+    """Fit a saved system's temperature and prediction sets on a split that it was not trained on, as training does at
+    its end, and write them to its config.json.
+
+    Args:
+        model: folder of a system or an ensemble.
+        corpus, data_dir, split, corpus_options, batch_size: labelled clips, see `evaluate_models`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: not a folder, or a system without the primary head.
+        CorpusError: the corpus cannot be read, or lacks the split or its labels.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise ValueError(f"{model} is no folder, and calibration is written to one: name a system's folder.")
+    ((system, processor),) = _load([folder])
+    label_set = label_set_of(system.config)
+    rows = labelled_rows(corpus, data_dir, split, label_set, corpus_options)
+    prediction = predict(system, processor, rows, label_set, batch_size)
+    calibrate(system, prediction)
+    if system.config.conformal is None:
+        raise ValueError(
+            f"No clip of {corpus} ({split}) has a consensus among {list(label_set.scored)}: none was fit."
+        )
+    fitted = {name: getattr(system.config, name) for name in ("calibration_temperature", "conformal")}
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | fitted
+    with replacing(folder / "config.json") as beside:
+        beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    clips = system.config.conformal["clips"]
+    print(f"Temperature {system.config.calibration_temperature:.3f}, prediction sets from {clips} clips")
+    return folder
 
 
 def calibration_report(model: SailerForAudioClassification, prediction: SplitPrediction) -> dict[str, float]:
-    """KL, JS and calibration error to the annotators under the natural prior, at temperature 1 and as fitted."""
+    """KL, JS and calibration error to the annotators under the natural prior, at temperature 1 and as fitted; and
+    coverage and size of prediction sets, where the system has scores for them."""
     report: dict[str, float] = {}
     if "logits" not in prediction.predictions:
         return report
@@ -200,6 +281,9 @@ def calibration_report(model: SailerForAudioClassification, prediction: SplitPre
         probabilities = natural_probabilities(logits, model.config.label_weights, temperature)
         figures = distribution_metrics(probabilities, distributions)
         report |= {f"{name}_{key}": value for key, value in figures.items()}
+    if model.config.conformal is not None:
+        balanced, labels = softmax(logits, axis=1), prediction.label_ids[CONSENSUS]
+        report |= set_figures(balanced, labels, label_set_of(model.config), model.config.conformal)
     return report
 
 
