@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from .encoders_emotion2vec import Emotion2VecConfig  # noqa: F401 - so that "emotion2vec" is a model type that is known
+from .linear_sailer import ONEDNN_LINEAR
 from .windows_sailer import check_conformal
 
 PRIMARY_LABELS = ("Angry", "Contempt", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise", "Other")
@@ -24,7 +25,6 @@ ATTRIBUTES = ("arousal", "valence", "dominance")
 SEX_LABELS = ("female", "male")
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
 AUDIO_LAYERS = ("last", "weighted", "weighted_norm")
-ONEDNN_LINEAR = ("auto", "on", "off")
 TARGET_WEIGHTINGS = ("none", "product", "normalized")
 # Options that name the labels, and what holds for one label set alone.
 NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")

@@ -33,6 +33,7 @@ from .layers_sailer import (
     one_below_the_other,
     plain_loss,
 )
+from .linear_sailer import onednn_linear
 
 if TYPE_CHECKING:
     # So that a classifier's pipeline and processor, which import this file, are saved with it.
@@ -289,16 +290,14 @@ class Emotion2VecEncoder(nn.Module):
         Returns:
             the normalised input and each block's output, of the shape of `states`.
         """
-        config = self.config
-        collected = [self.prenet_dropout(self.layer_norm(states))]
-        for index, layer in enumerate(self.layers):
-            states = collected[-1]
-            if index == config.prenet_layers:
-                states = self.input_dropout(states)
-            drop = config.prenet_layerdrop if index < config.prenet_layers else config.layerdrop
-            if not (self.training and drop > 0 and torch.rand([]) < drop):
-                states = layer(states, biases[index if len(biases) > 1 else 0], sizes)
-            collected.append(states)
+        config, collected = self.config, [self.prenet_dropout(self.layer_norm(states))]
+        with onednn_linear("auto", self):
+            for index, layer in enumerate(self.layers):
+                states = self.input_dropout(collected[-1]) if index == config.prenet_layers else collected[-1]
+                drop = config.prenet_layerdrop if index < config.prenet_layers else config.layerdrop
+                if not (self.training and drop > 0 and torch.rand([]) < drop):
+                    states = layer(states, biases[index if len(biases) > 1 else 0], sizes)
+                collected.append(states)
         return collected
 
 

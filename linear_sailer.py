@@ -11,16 +11,15 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .configuration_sailer import ONEDNN_LINEAR
-
+ONEDNN_LINEAR = ("auto", "on", "off")
 VARIABLE = "SAILER_ONEDNN"  # of the environment: what "auto" means in this process
 # Fewer rows (frames of a batch, or tokens) are done as fast by either.
 LEAST_ROWS = 64
@@ -29,10 +28,13 @@ LEAST_GAIN = 1.2
 
 _plain = nn.functional.linear
 _measuring = threading.Lock()
+_within = threading.local()
 
 
 def onednn_linear(choice: str, tower: nn.Module) -> AbstractContextManager:
     """Within it this thread's linear layers are done by oneDNN, where that is possible and `choice` wants it.
+
+    What the outermost says holds: within it an encoder that asks for "auto" by itself is not asked.
 
     Possible it is on dense float32 tensors on a CPU with at least `LEAST_ROWS` rows; anything else goes on as it
     would. Nothing is done while torch compiles, exports or traces, under autocast and torch.func's transforms, and
@@ -50,6 +52,12 @@ def onednn_linear(choice: str, tower: nn.Module) -> AbstractContextManager:
     # First, so that a compiler sees nothing of what follows.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return nullcontext()
+    if getattr(_within, "decided", False):
+        return nullcontext()
+    return _decided(_mode(choice, tower))
+
+
+def _mode(choice: str, tower: nn.Module) -> AbstractContextManager:
     if choice == "auto":
         choice = _one_of(VARIABLE, os.environ.get(VARIABLE) or "auto")
     else:
@@ -84,6 +92,16 @@ def measured_gain() -> float:
     """
     with _measuring:
         return _gain(torch.get_num_threads())
+
+
+@contextmanager
+def _decided(mode: AbstractContextManager) -> Iterator[None]:
+    _within.decided = True
+    try:
+        with mode:
+            yield
+    finally:
+        _within.decided = False
 
 
 def _is_faster() -> bool:
