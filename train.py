@@ -21,12 +21,14 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
 
 from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer
 from sailer.data import CorpusError, LabelSet, load_corpus
-from sailer.data.atomic import adding_to_folder
+from sailer.data.atomic import adding_to_folder, replacing_folder
 from sailer.data.collator import SailerCollator
 from sailer.data.labels import distribution
 from sailer.data.preview import preview
 from sailer.data.sampler import PlannedDataset
+from sailer.data.sharing import read_once
 from sailer.data.statistics import class_counts, shared_speaker_warnings
+from sailer.data.team import Team
 from sailer.hub.card import render_card
 from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
 from sailer.training import checks, tiny_backbones
@@ -43,8 +45,8 @@ from sailer.training.evaluation import (
 from sailer.training.features import FeatureStore
 from sailer.training.losses import SailerObjective, label_prior, label_weights
 from sailer.training.plots import plot_training
-from sailer.training.shelf import Team
 from sailer.training.trainer import SplitPrediction
+from sailer.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ class Job:
     shuffled: PlannedDataset | None = None
     features: FeatureStore | None = None
     started: float = 0.0
+    shared_rows: Path | None = None
 
     @property
     def train_rows(self) -> Dataset:
@@ -119,18 +122,24 @@ def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None)
 
 def train(settings: Settings) -> Path:
     """Train, evaluate, save and try the system that the settings describe; see `run`."""
-    job = prepare(settings)
-    trainer = fit(job)
-    evaluation = evaluate(job, trainer)
-    return save(job, trainer, evaluation)
+    with Watch.of_this_run() as watch:
+        job = prepare(settings, watch=watch)
+        try:
+            trainer = fit(job)
+            evaluation = evaluate(job, trainer)
+            return save(job, trainer, evaluation)
+        finally:
+            if job.shared_rows is not None and settings.training.local_process_index == 0:
+                shutil.rmtree(job.shared_rows, ignore_errors=True)
 
 
-def prepare(settings: Settings, corpus: DatasetDict | None = None) -> Job:
+def prepare(settings: Settings, corpus: DatasetDict | None = None, watch: Watch | None = None) -> Job:
     """Check the settings, read the corpus, build the system and keep what its frozen towers say of the clips.
 
     Args:
         settings: of the run.
         corpus: the settings' corpus, where it has been read before.
+        watch: the processes that train together, where there are several.
 
     Raises:
         SettingsError: settings that would fail, or do nothing, later on (see `sailer.training.checks`).
@@ -143,16 +152,19 @@ def prepare(settings: Settings, corpus: DatasetDict | None = None) -> Job:
     checks.check_before_reading(settings, label_set, output_dir)
     settings.training.output_dir = str(output_dir / CHECKPOINTS)
     set_seed(settings.training.seed)
+    shared_rows = None
     if corpus is None:
-        with settings.training.main_process_first(desc="reading the corpus"):
-            corpus = read_corpus(settings.data, label_set)
+        folder = Path(settings.training.output_dir) / "corpus"
+        team = Team.of_this_run(per_machine=True)
+        corpus, shared_rows = read_once(lambda: read_corpus(settings.data, label_set), folder, team)
+    checks.check_same_corpus(corpus, watch or Watch())
     checks.check_corpus(settings, label_set, corpus)
-    for name, rows in corpus.items():
+    for name, rows in corpus.items() if settings.training.process_index == 0 else ():
         print(f"{name}: {len(rows)} clips, {np.nansum(rows.with_format('numpy')['duration']) / 3600:.2f} h")
     train_rows = corpus[settings.data.train_split]
     planned = PlannedDataset(train_rows, settings.augmentation, label_set, seed=settings.training.seed)
-    system = build_system(settings, label_set, train_rows)
-    job = Job(settings, output_dir, resolved, corpus, system, planned, started=started)
+    system = build_system(settings, label_set, train_rows, watch)
+    job = Job(settings, output_dir, resolved, corpus, system, planned, started=started, shared_rows=shared_rows)
     if settings.data.shuffled_label_baseline:
         shuffled = shuffle_labels(train_rows, settings.training.seed)
         job.shuffled = PlannedDataset(shuffled, settings.augmentation, label_set, seed=settings.training.seed)
@@ -246,18 +258,20 @@ def read_corpus(data: DataSettings, label_set: LabelSet) -> DatasetDict:
     return corpus
 
 
-def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset) -> System:
+def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset, watch: Watch | None = None) -> System:
     """The model and processor of the settings, with the training targets' prior q and weights w in the config.
+
+    Of several processes, those that `watch` knows, the first one makes the tiny backbones.
 
     Raises:
         ValueError: a backbone or base model cannot be loaded, or has other labels than the corpus (names both).
     """
-    with settings.training.main_process_first(local=False, desc="making tiny backbones"):
-        folder = Path(settings.training.output_dir) / "backbones"
-        backbones = [
-            local_backbone(name, folder, train_rows)
-            for name in (settings.model.audio_backbone, settings.model.text_backbone)
-        ]
+    folder = Path(settings.training.output_dir) / "backbones"
+    names = (settings.model.audio_backbone, settings.model.text_backbone)
+    if settings.training.process_index == 0:
+        backbones = [local_backbone(name, folder, train_rows) for name in names]
+    (watch or Watch()).agree("backbones", "made")
+    backbones = [local_backbone(name, folder, train_rows) for name in names]
     model, processor = load_system(settings.model, label_set, *backbones)
     columns = train_rows.select_columns(["votes", "label"]).with_format("numpy")[:]
     targets = distribution(columns["votes"])
@@ -310,7 +324,10 @@ def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str |
     }
     if name is None or name not in makers:
         return name
-    return folder / name if (folder / name).is_dir() else makers[name](folder / name)
+    if not (folder / name).is_dir():
+        with replacing_folder(folder / name) as beside:
+            makers[name](beside)
+    return folder / name
 
 
 def fit(job: Job) -> SailerTrainer:

@@ -160,7 +160,7 @@ class PlannedDataset(torch.utils.data.Dataset):
         epoch = epoch % variants if variants else epoch
         if epoch not in self._plans:
             in_worker = torch.utils.data.get_worker_info() is not None
-            with _without_progress_bars():
+            with without_progress_bars():
                 plan = plan_epoch(
                     self.dataset,
                     self.settings,
@@ -214,7 +214,7 @@ class PlannedDataset(torch.utils.data.Dataset):
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Silence for a table that takes a second, once per epoch in every process."""
     disabled = are_progress_bars_disabled()
     disable_progress_bars()

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from sailer import SailerForAudioClassification, SailerProcessor
+from sailer.data import team as team_module
+from sailer.data.team import Team, TeamError
 from sailer.training import shelf as shelf_module
 from sailer.training.features import FeatureStore
-from sailer.training.shelf import Team
 
 from .test_features import clips, collator, count_calls, planned
 
@@ -78,7 +79,9 @@ def test_two_processes_encode_half_each(system, corpus, tmp_path, monkeypatch, o
     assert all(name.startswith("states-") for name in left) and bool(left) == on_disk
 
 
-@pytest.mark.parametrize(("end", "message"), [("dies", "Process 1 .* died while it"), ("fails", "KeyError: 'why'")])
+@pytest.mark.parametrize(
+    ("end", "message"), [("dies", "Process 1 .* died in the middle"), ("fails", "KeyError: 'why'")]
+)
 def test_a_process_that_ends_early_is_told_of(system, corpus, tmp_path, monkeypatch, end, message):
     model, processor = system
 
@@ -96,21 +99,21 @@ def test_a_process_that_ends_early_is_told_of(system, corpus, tmp_path, monkeypa
     results = dict(queue.get(timeout=60) for _ in range(2 if end == "fails" else 1))
     for process in processes:
         process.join()
-    assert isinstance(results[0], RuntimeError) and re.search(message, str(results[0]))
+    assert isinstance(results[0], TeamError) and re.search(message, str(results[0]))
 
 
 def test_machines_that_share_no_folder_are_told_of(tmp_path, monkeypatch):
-    monkeypatch.setattr(shelf_module, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(team_module, "UNSEEN_SECONDS", 0.3)
     team = Team(0, 2, "run")
-    shared = r"Process 1 gave no sign in .*a folder that all of them share"
-    with pytest.raises(RuntimeError, match=shared), team.at_work(tmp_path):
+    shared = r"Process 1 gave no sign in .*that must be a folder that all of them share"
+    with pytest.raises(TeamError, match=shared), team.at_work(tmp_path):
         team.tell(tmp_path, "filled")
         team.wait(tmp_path, "filled")
 
 
 def test_waiting_has_no_limit_where_there_are_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(shelf_module, "SILENCE_SECONDS", 0.3)
-    monkeypatch.setattr(shelf_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(team_module, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(team_module, "BEAT_SECONDS", 0.05)
     teams = [Team(index, 2, "run") for index in range(2)]
 
     def slow():

@@ -88,6 +88,9 @@ class SailerTrainingArguments(TrainingArguments):
         dataloader_num_workers: processes that read and mix clips; by default 0 without a CUDA GPU, and with one the
             machine's cores shared among its training processes, 8 at most.
         dataloader_pin_memory: pin the batches' memory; by default where there is a CUDA GPU.
+        use_cpu: train on the CPU; by default where several processes are started on a machine without a GPU.
+        ddp_find_unused_parameters: have several processes look for weights that a step does not use; by default only
+            where layers of a trained encoder are dropped at random.
         logging_nan_inf_filter: leave losses that are not finite out of the log; it makes a GPU wait at every step.
 
     Raises:
@@ -136,6 +139,8 @@ class SailerTrainingArguments(TrainingArguments):
                 "train_sampling_strategy is 'sequential': every epoch would train in the corpus' order; choose "
                 "'random' or 'group_by_length'."
             )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else the processes would not find each other, and each train a system of its own
         found = gpu_defaults(self) if torch.cuda.is_available() and not self.use_cpu else {}
         for name, value in ({"bf16": False, "dataloader_num_workers": 0} | found).items():
             if getattr(self, name) is None:

@@ -12,7 +12,7 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -77,12 +77,13 @@ def run_identity(settings: Settings, corpus: Mapping[str, Dataset], processes: i
         if name not in NOT_COMPARED and not name.startswith(NOT_COMPARED_PREFIXES)
     }
     names = (settings.data.train_split, settings.data.validation_split)
-    compared["corpus's clips"] = _digest_of_rows(corpus[name] for name in names)
+    compared["corpus's clips"] = digest_of_rows(corpus[name] for name in names)
     compared["number of processes"] = processes
     return json.loads(json.dumps(compared, default=str))
 
 
-def _digest_of_rows(splits: Any) -> str:
+def digest_of_rows(splits: Iterable[Dataset]) -> str:
+    """A checksum of all that rows say but their audio: not of paths, which may differ from machine to machine."""
     digest = hashlib.sha256()
     for rows in splits:
         columns = rows.select_columns([name for name in rows.column_names if name != "audio"]).with_format("numpy")[:]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,13 @@ from sailer.configuration_sailer import SEX_LABELS
 from sailer.data.labels import distribution
 from sailer.data.schema import ATTRIBUTES, SECONDARY_LABELS, CorpusError, LabelSet
 from sailer.settings import Settings, SettingsError
+from sailer.training.checkpoints import digest_of_rows
 from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+    from sailer.training.watch import Watch
 
 # The least value of each option that is a number of something, and whether it may be that value.
 LEAST: dict[str, tuple[float, bool]] = {
@@ -157,6 +162,28 @@ def _check_splits(settings: Settings) -> None:
             f"validation_split is {data.validation_split!r}, which is a test split too: the best epoch would be "
             "selected on the clips that test it. Name another split, or set load_best_model_at_end to false."
         )
+
+
+def check_same_corpus(corpus: DatasetDict, watch: Watch) -> None:
+    """Refuse processes that read other rows: their steps would be of other clips.
+
+    Raises:
+        CorpusError: names a process, its machine and what differs.
+    """
+    if watch.size == 1:
+        return
+    counts = {name: len(rows) for name, rows in corpus.items()}
+    own = {"host": socket.gethostname(), "clips": counts, "digest": digest_of_rows(corpus.values())}
+    everyones = [json.loads(said) for said in watch.agree("corpus", json.dumps(own))]
+    for index, theirs in enumerate(everyones):
+        if theirs["digest"] != everyones[0]["digest"]:
+            told = f"{theirs['clips']} clips, and process 0 ({everyones[0]['host']}) {everyones[0]['clips']}"
+            if theirs["clips"] == everyones[0]["clips"]:
+                told = "as many clips as process 0, but what is said of them differs"
+            raise CorpusError(
+                f"Process {index} ({theirs['host']}) reads another corpus: it sees {told}. All machines must see the "
+                "same files: compare what data_dir holds on them."
+            )
 
 
 def _check_metric_name(settings: Settings, known: Mapping[str, float]) -> None:

@@ -22,9 +22,10 @@ from sailer.data.collator import TEXT_INPUTS, SailerCollator
 from sailer.data.rendering import Item, RenderingKey, rendering_key, transcript_of
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError
+from sailer.data.team import Team
 from sailer.encoders_sailer import masks_padding, speech_width
 from sailer.layers_sailer import pool_states
-from sailer.training.shelf import Shelf, Team, readable
+from sailer.training.shelf import Shelf, readable
 
 if TYPE_CHECKING:
     from sailer.modeling_sailer import SailerForAudioClassification
@@ -94,7 +95,7 @@ class FeatureStore:
                 dtype; or less room than is needed, which is known before anything is encoded. The message says what
                 to change.
             CorpusError: two clips of the same id, or a clip that cannot be read.
-            RuntimeError: another process of the team failed or died.
+            TeamError: another process of the team failed or died.
         """
         config = model.config
         text_config = config.text_config if config.freeze_text else None

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
-import socket
 import tempfile
-import threading
-import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sailer.data.atomic import replacing
+from sailer.data.team import Team, runs
 
 logger = logging.getLogger(__name__)
 
@@ -33,111 +26,6 @@ SHARD_BYTES = 2**28
 PREFIX = "states-"
 SHARED_MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 CGROUPS = Path("/sys/fs/cgroup")
-# A process is taken for dead when it has given no sign for so many seconds (it gives one every BEAT_SECONDS).
-BEAT_SECONDS, SILENCE_SECONDS, POLL_SECONDS = 5.0, 300.0, 0.2
-
-
-@dataclass(frozen=True)
-class Team:
-    """Processes that fill a folder together and wait for each other by files in it, however long it takes.
-
-    Args:
-        index: this process, from 0.
-        size: how many there are.
-        token: a name for this filling, the same in all of them and new every time.
-    """
-
-    index: int = 0
-    size: int = 1
-    token: str = ""
-
-    @classmethod
-    def of_this_run(cls, per_machine: bool) -> Team:
-        """The training processes, or those of each machine; they call this together."""
-        state = PartialState()
-        if state.num_processes == 1:
-            return cls()
-        token = broadcast_object_list([uuid.uuid4().hex])[0]
-        if per_machine:
-            size = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-            return cls(state.local_process_index, size, token)
-        return cls(state.process_index, state.num_processes, token)
-
-    @contextmanager
-    def at_work(self, folder: Path) -> Iterator[None]:
-        """Gives signs of life while the block runs, and tells the others if it fails."""
-        if self.size == 1:
-            yield
-            return
-        room = self._room(folder)
-        room.mkdir(parents=True, exist_ok=True)
-        own, stopped = room / f"{self.index}.alive", threading.Event()
-        own.write_text(f"{socket.gethostname()} {os.getpid()}")
-
-        def beat() -> None:
-            while not stopped.wait(BEAT_SECONDS):
-                own.touch()
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        except BaseException as error:
-            self._write(room / f"{self.index}.failed", f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            stopped.set()
-            thread.join()
-
-    def tell(self, folder: Path, stage: str) -> None:
-        """Say that this process is through with a stage."""
-        if self.size > 1:
-            self._write(self._room(folder) / f"{self.index}.{stage}", "")
-
-    def wait(self, folder: Path, stage: str) -> None:
-        """Wait until every process is through with a stage.
-
-        Raises:
-            RuntimeError: one of them failed or is dead; the message says which, and why.
-        """
-        room, started = self._room(folder), time.monotonic()
-        for index in range(self.size) if self.size > 1 else ():
-            while not (room / f"{index}.{stage}").exists():
-                self._check(room, index, time.monotonic() - started)
-                time.sleep(POLL_SECONDS)
-
-    def close(self, folder: Path) -> None:
-        """Remove the files by which the processes waited; for the first process, when none waits any more."""
-        shutil.rmtree(self._room(folder), ignore_errors=True)
-
-    def _room(self, folder: Path) -> Path:
-        return folder / f".{self.token}"
-
-    def _write(self, path: Path, text: str) -> None:
-        with replacing(path) as beside:
-            beside.write_text(text)
-
-    def _check(self, room: Path, index: int, waited: float) -> None:
-        failed, alive = room / f"{index}.failed", room / f"{index}.alive"
-        if failed.exists():
-            raise RuntimeError(f"Process {index} failed to keep its share of the features: {failed.read_text()}")
-        try:
-            host, _, pid = alive.read_text().partition(" ")
-            # By the folder's own clock, which may be another machine's.
-            silent = (room / f"{self.index}.alive").stat().st_mtime - alive.stat().st_mtime
-        except FileNotFoundError:
-            if waited > SILENCE_SECONDS:
-                raise RuntimeError(
-                    f"Process {index} gave no sign in {room.parent} for {waited:.0f} s: with several machines "
-                    "feature_cache_dir must be a folder that all of them share."
-                ) from None
-            return
-        gone = host == socket.gethostname() and not _runs(pid)
-        if gone or silent > SILENCE_SECONDS:
-            raise RuntimeError(
-                f"Process {index} ({host}, pid {pid}) died while it encoded its share of the features. What is "
-                "finished is kept on disk: start the run again, and it goes on from there."
-            )
 
 
 class Shelf:
@@ -279,19 +167,11 @@ def _blake() -> Any:
     return hashlib.blake2b(digest_size=16)
 
 
-def _runs(pid: str) -> bool:
-    """Whether a process of this machine runs; one that has ended and whose parent has not looked does not."""
-    try:
-        return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, ValueError):
-        return False
-
-
 def _sweep(place: Path) -> None:
     """Free the memory of runs that were killed while they filled it."""
     for folder in place.glob("sailer-*"):
         pids = [path.read_text().split()[-1] for path in folder.glob(".*/*.alive")]
-        if pids and not any(map(_runs, pids)):
+        if pids and not any(map(runs, pids)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -20,6 +20,7 @@ from sailer.data.schema import LabelSet
 from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import SailerObjective
+from sailer.training.throughput import Throughput
 
 # In a batch for scoring but not for the model: the consensus label that the corpus publishes.
 CONSENSUS = "consensus"
@@ -75,6 +76,8 @@ class SailerTrainer(Trainer):
     ) -> None:
         # Kept from Trainer, which would align the special tokens of a text generator with its tokenizer.
         self.processor = processing_class
+        if args is not None and args.ddp_find_unused_parameters is None and isinstance(model, torch.nn.Module):
+            args.ddp_find_unused_parameters = has_parts_left_out(model)
         super().__init__(model, args, **trainer_arguments)
         # Not `objective`, which Trainer's hyperparameter search sets to a figure.
         self.training_objective: SailerObjective = objective.to(self.args.device)
@@ -83,6 +86,7 @@ class SailerTrainer(Trainer):
         self.evaluation_collator = evaluation_collator or self.data_collator
         self._component_sums: dict[str, torch.Tensor] = {}
         self._component_batches = 0
+        self._throughput = Throughput(self.args.device)
         if self.compute_metrics is None:
             self.compute_metrics = self.report
         self.remove_callback(PrinterCallback)
@@ -110,6 +114,7 @@ class SailerTrainer(Trainer):
         self.training_objective.train(model.training)
         losses = self.training_objective(outputs, targets)
         if model.training:
+            self._throughput.clips += len(next(iter(targets.values())))
             self._component_batches += 1
             for name, value in losses.items():
                 if name != "loss":
@@ -238,10 +243,20 @@ class SailerTrainer(Trainer):
         folder = checkpoints.point_to_resume_from(
             resume_from_checkpoint, self.args.output_dir, self.identity, self._frozen
         )
+        self._throughput = Throughput(self.args.device)
         try:
-            return super().train(None if folder is None else str(folder), *args, **kwargs)
+            output = super().train(None if folder is None else str(folder), *args, **kwargs)
         finally:
             self._termination.restore()
+        told = self._throughput.told(self.accelerator)
+        if self.is_world_process_zero():
+            print(told, flush=True)
+        return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; its time is not counted as training."""
+        with self._throughput.paused():
+            return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's, written beside its place and renamed when it is whole; older ones are deleted after that."""
@@ -331,6 +346,25 @@ class SailerTrainer(Trainer):
             else:  # a class index: known only where both agree
                 mixed[name] = torch.where(target == other, target, -100)
         return {**inputs, "mixup_permutation": permutation, "mixup_lambda": shares}, mixed
+
+
+def has_parts_left_out(model: torch.nn.Module) -> bool:
+    """Whether a training step may leave out parameters that are trained: an encoder's layers that are dropped at
+    random, or a mask's embedding where nothing is masked."""
+    for name, tower in model.named_modules():
+        if name.rpartition(".")[2] not in ("audio_encoder", "text_encoder"):
+            continue
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            continue
+        config = getattr(tower, "config", None)
+        holders = [tower, *tower.children(), config]
+        if any(getattr(holder, drop, 0) for holder in holders for drop in ("layerdrop", "prenet_layerdrop")):
+            return True
+        mask = getattr(tower, "masked_spec_embed", None)
+        masks = getattr(config, "apply_spec_augment", True) and getattr(config, "mask_time_prob", 0) > 0
+        if mask is not None and mask.requires_grad and not masks:
+            return True
+    return False
 
 
 def _lengths(dataset: Any) -> np.ndarray | None:
