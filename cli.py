@@ -229,8 +229,10 @@ def _parser() -> argparse.ArgumentParser:
     added = add(predict, "predict MODEL PATH... [options]")
     added.add_argument("model", metavar="MODEL", help="folder or Hub id")
     added.add_argument("paths", nargs="+", metavar="PATH", help="audio files, folders or globs")
-    added.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help=".csv or .jsonl")
-    added.add_argument("--format", choices=("csv", "jsonl"), help="where the output's name does not say it")
+    added.add_argument(
+        "--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help=".csv, .jsonl; .parquet"
+    )
+    added.add_argument("--format", choices=("csv", "jsonl", "parquet"), help="where the output's name does not say it")
     added.add_argument("--timeline", action="store_true", help="a row per window, and a PNG of the emotions over time")
     added.add_argument("--submission", choices=("categorical", "attributes"), help="write the challenge's file too")
     added.add_argument("--file_list", type=Path, metavar="FILE", help="judge just these: a CSV with a column FileName")
@@ -252,6 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or int8, as far as the backend has it")
     added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
     added.add_argument("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, ...; as saved by default")
+
+    added.add_argument("--engine", choices=("ray",), help="judge an archive on a Ray cluster; see docs/archives.md")
+    added.add_argument("--actors", type=int, metavar="N", help="of the cluster; by default one per GPU, or two CPUs")
+    added.add_argument("--part_size", type=int, metavar="N", help="recordings of each part of a Parquet output")
+    added.add_argument("--audio_column", metavar="NAME", help="of recordings in Parquet files; audio by default")
 
     added = add(listen, "listen MODEL [FILE] [options]")
     added.add_argument("model", metavar="MODEL", help="folder or Hub id")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import inspect
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sailer.audio_sailer import URL_PREFIXES
 from sailer.data.atomic import replacing
 from sailer.inference.loading import check_precision, load
 from sailer.inference.outputs import EmbeddingFile, PredictionError, RowFile, columns_of, row_of, written_name
+from sailer.inference.recordings import find_recordings
 from sailer.inference.submission import choose_recordings, submit
 from sailer.inference.timeline import picture_name, plot_timeline
 from sailer.pipeline_sailer import SpeechEmotionPipeline
@@ -31,12 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# M4A and MP4 are decoded where the av package is installed, and else get a row that says so.
-AUDIO_SUFFIXES = {
-    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a", ".mp4")
-}
-FORMATS = {".csv": "csv", ".jsonl": "jsonl"}
-EMBEDDING_SUFFIXES = (".safetensors", ".npz")
+FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+EMBEDDING_SUFFIXES = (".safetensors", ".npz", ".parquet")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -52,7 +47,7 @@ class PredictionSettings:
         chunk_length_s, stride_length_s: windows over long audio, as in the pipeline.
         transcriber: speech-recognition model for systems that read transcripts.
         timeline: also write a row per window, and a PNG per recording.
-        embeddings: file for the clips' embeddings, .safetensors or .npz.
+        embeddings: file for the clips' embeddings, .safetensors or .npz; .parquet beside a Parquet output.
         coverage: also write each clip's prediction set, of this coverage; `coverage_by_class` asks for it within each
             class (and without `coverage` for 0.9).
 
@@ -97,6 +92,14 @@ def main(command: argparse.Namespace) -> int:
     options = inspect.signature(predict).parameters
     if command.submission == "categorical" and settings.min_confidence > 0:
         raise PredictionError("A submission decides on every file: leave --min_confidence out.")
+    is_archive = (command.format or FORMATS.get(command.output.suffix)) == "parquet"
+    if is_archive:
+        return _predict_archive(command, settings, given)
+    for name in ("engine", "actors", "part_size", "audio_column"):
+        if given[name] is not None:
+            raise PredictionError(f"--{name} goes with a Parquet output: end --output in .parquet.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PredictionError(f"Several processes cannot write {command.output}: end --output in .parquet.")
     if command.file_list is not None:
         given["paths"] = choose_recordings(find_recordings(command.paths), command.file_list)
     failed = predict(settings, **{name: given[name] for name in options if name in given})
@@ -107,6 +110,22 @@ def main(command: argparse.Namespace) -> int:
         result = submit(command.submission, result, find_recordings(given["paths"]), command.file_list)
     print(f"Result: {written_name(str(result))}")
     return int(failed > 0)
+
+
+def _predict_archive(command: argparse.Namespace, settings: PredictionSettings, given: dict[str, Any]) -> int:
+    from sailer.inference.archive import predict_archive
+
+    if command.submission is not None or command.file_list is not None:
+        raise PredictionError("A submission is made of a CSV: end --output in .csv, or leave --submission out.")
+    options = inspect.signature(predict_archive).parameters
+    failed = predict_archive(settings, **{name: given[name] for name in options if given.get(name) is not None})
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and os.environ.get("RANK") != "0":
+        return 0
+    if failed:
+        print(f"{failed} recordings could not be used; the column 'error' says why.")
+    print(f"Result: {written_name(str(command.output))}")
+    return int(failed > 0 and not several)  # a launcher would take it for a crash
 
 
 def predict(
@@ -153,6 +172,8 @@ def predict(
     format = format or FORMATS.get(output.suffix)
     if format is None or format not in FORMATS.values():
         raise PredictionError(f"The format of {output} is not known: end it in {list(FORMATS)}, or give --format.")
+    if format == "parquet":
+        raise PredictionError(f"{output} is Parquet, which sailer.inference.archive.predict_archive writes.")
     files = find_recordings(paths)
     output.parent.mkdir(parents=True, exist_ok=True)
     _check_settings(settings, output)
@@ -160,10 +181,13 @@ def predict(
 
     columns = columns_of(classifier.model.config, settings.transcriber is not None, settings.has_sets)
     rows = RowFile(output, ["file", "seconds", *columns, "warning", "error"], format)
-    timeline = embeddings = None
+    timeline = embeddings = pictures = None
     if settings.timeline:
         path = output.with_name(f"{output.stem}_timeline{output.suffix}")
+        pictures = path.with_suffix("")
         timeline = RowFile(path, ["file", "start", "end", *columns], format, keep=rows.files)
+    if settings.embeddings is not None and settings.embeddings.endswith(".parquet"):
+        raise PredictionError(f"Embeddings go to a .parquet file beside a Parquet output alone, not {output}.")
     if settings.embeddings is not None:
         embeddings = EmbeddingFile(Path(settings.embeddings), keep=rows.files)
     # Only now, as all of them are ours or new.
@@ -179,10 +203,10 @@ def predict(
     try:
         clips = classifier.encode(todo)
         for file, clip in tqdm(zip(todo, clips, strict=True), total=len(files), initial=len(files) - len(todo)):
-            judged = _judge(names[file], clip, classifier, settings, timeline)
+            judged = judge(names[file], clip, classifier, settings, pictures)
             if judged is None:
                 if clip.timestamps:
-                    _check_system(classifier, clip)
+                    check_system(classifier, clip)
                 rows.append([{"file": names[file], "warning": clip.warning, "error": clip.message}])
                 continue
             row, windows, embedding = judged
@@ -195,31 +219,6 @@ def predict(
         if embeddings is not None:
             embeddings.save(keep=rows.files)
     return len(rows.failed.intersection(names.values()))
-
-
-def find_recordings(paths: Iterable[str]) -> list[str]:
-    """Audio files that paths, folders and globs stand for, in their order and each once; URLs stay.
-
-    Of a folder every entry with an audio suffix is listed: links that lead nowhere, pipes and folders too, because
-    what cannot be used is to be reported. Links to folders are not followed, which is logged.
-
-    Raises:
-        FileNotFoundError: a path that is nowhere, or has no audio.
-    """
-    found: dict[str, str] = {}
-    for path in map(str, paths):
-        if path.lower().startswith(URL_PREFIXES):
-            found.setdefault(path, path)
-            continue
-        matches = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"{path}: no such file or folder, and nothing matches it.")
-        files = [file for match in matches for file in (_audio_below(match) if os.path.isdir(match) else [match])]
-        if not files:
-            raise FileNotFoundError(f"{path} has no audio files ({', '.join(sorted(AUDIO_SUFFIXES))}).")
-        for file in files:
-            found.setdefault(os.path.abspath(file), file)
-    return list(found.values())
 
 
 def load_classifier(
@@ -262,21 +261,6 @@ def load_classifier(
     return classifier
 
 
-def _audio_below(folder: str) -> list[str]:
-    def unreadable(error: OSError) -> None:
-        logger.warning("%s cannot be searched: %s", written_name(str(error.filename)), error.strerror)
-
-    found = []
-    for place, folders, files in os.walk(Path(folder), onerror=unreadable):
-        for name in (*folders, *files):
-            path = os.path.join(place, name)
-            if Path(name).suffix.lower() in AUDIO_SUFFIXES:
-                found.append(path)
-            elif os.path.islink(path) and os.path.isdir(path):
-                logger.warning("%s is a link to a folder and not followed: name it to have it searched.", path)
-    return sorted(found)
-
-
 def _check_hardware(device: str | None, dtype: str) -> None:
     if dtype not in DTYPES:
         raise PredictionError(f"dtype is {dtype!r}; choose one of {list(DTYPES)}.")
@@ -287,30 +271,38 @@ def _check_hardware(device: str | None, dtype: str) -> None:
         raise PredictionError(f"device is {device!r}, which torch cannot use here ({reason}); try cpu.") from error
 
 
-def _judge(
+def judge(
     name: str,
     clip: Clip,
     classifier: SpeechEmotionPipeline,
     settings: PredictionSettings,
-    timeline: RowFile | None,
+    pictures: Path | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], np.ndarray] | None:
-    """A recording's row, those of its windows for the timeline, and its embedding; None if `clip.error` says why."""
+    """A recording's row, those of its windows for the timeline, and its embedding; None if `clip.error` says why.
+
+    Args:
+        name: of the recording, as it is written.
+        clip: what `classifier.encode` gives.
+        classifier: of the settings.
+        settings: what is wanted; with `timeline` the windows are given too.
+        pictures: folder of the timeline's pictures; None draws none.
+    """
     if clip.error is not None:
         return None
     try:
         options = {name: getattr(settings, name) for name in ("prior", "coverage", "coverage_by_class")}
         result = classifier.postprocess(clip, return_all=True, **options)
         windows = []
-        if timeline is not None:
+        if settings.timeline:
             results = classifier.postprocess(clip, return_all=True, return_timestamps=True, **options)
             windows = [
                 {"file": name, "start": round(start, 3), "end": round(end, 3)}
                 | row_of(window, settings.min_confidence)
                 for window, (start, end) in zip(results, clip.timestamps, strict=True)
             ]
-            if {"primary", "attributes"} & results[0].keys():  # else there is nothing that a picture would show
-                picture = timeline.path.with_suffix("") / picture_name(name)
-                plot_timeline(name, clip.timestamps, results, picture)
+            shows = {"primary", "attributes"} & results[0].keys()  # else there is nothing that a picture would show
+            if shows and pictures is not None:
+                plot_timeline(name, clip.timestamps, results, pictures / picture_name(name))
     except Exception as error:
         clip.error = error
         return None
@@ -318,7 +310,7 @@ def _judge(
     return row | row_of(result, settings.min_confidence), windows, result["embedding"]
 
 
-def _check_system(classifier: SpeechEmotionPipeline, clip: Clip) -> None:
+def check_system(classifier: SpeechEmotionPipeline, clip: Clip) -> None:
     """An error past reading is the recording's own only where the system can judge silence."""
     silence = np.zeros(classifier.processor.sampling_rate, np.float32)
     try:
@@ -347,8 +339,8 @@ def _check_settings(settings: PredictionSettings, output: Path) -> None:
         ) from error
     if output.is_file():
         # A run of an earlier release tells nothing of options that came since, which were as by default.
-        theirs = _as_json(PredictionSettings(theirs["model"])) | theirs
-        ours = _as_json(settings)
+        theirs = as_json(PredictionSettings(theirs["model"])) | theirs
+        ours = as_json(settings)
         changed = [f"{name} was {theirs[name]!r}" for name, value in ours.items() if theirs[name] != value]
         if changed:
             raise PredictionError(
@@ -359,10 +351,10 @@ def _check_settings(settings: PredictionSettings, output: Path) -> None:
 
 def _write_settings(settings: PredictionSettings, output: Path) -> None:
     with replacing(_settings_path(output)) as beside:
-        beside.write_text(json.dumps(_as_json(settings), indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(as_json(settings), indent=2) + "\n", encoding="utf-8")
 
 
-def _as_json(settings: PredictionSettings) -> dict[str, Any]:
+def as_json(settings: PredictionSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))  # a pair of strides is a list there
 
 
