@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,10 @@ from sailer.training.evaluation import (
     write_json,
 )
 from sailer.training.features import FeatureStore
+from sailer.training.groups import View, by_kind, group_report, group_section, largest_gap
 from sailer.training.losses import SailerObjective, label_prior, label_weights
 from sailer.training.plots import plot_training
+from sailer.training.report_plots import plot_groups
 from sailer.training.trainer import SplitPrediction
 from sailer.training.watch import Watch
 
@@ -95,10 +97,11 @@ class Job:
 
 @dataclass
 class Evaluation:
-    """Figures by split, and what the system says of each test split."""
+    """Figures by split, what the system says of each test split, and its figures by groups of clips."""
 
     metrics: dict[str, Any]
     predictions: dict[str, SplitPrediction]
+    groups: dict[str, Any] = field(default_factory=dict)
 
 
 def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None) -> Path:
@@ -109,8 +112,9 @@ def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None)
         overrides: options on top of it.
 
     Returns:
-        The folder with the checkpoint, `metrics.json`, `training_log.json` (losses, gradient norms and learning rates
-        as they were logged), plots, model card and the recipe as resolved.
+        The folder with the checkpoint, `metrics.json`, `groups.json` (of the test splits' groups of clips),
+        `training_log.json` (losses, gradient norms and learning rates as they were logged), plots, model card and the
+        recipe as resolved.
 
     Raises:
         SettingsError: an unknown option or a contradiction.
@@ -188,13 +192,15 @@ def evaluate(job: Job, trainer: SailerTrainer) -> Evaluation:
     metrics: dict[str, Any] = {"validation": validation.metrics | calibration_report(model, validation)}
     metrics["validation"]["calibration_temperature"] = model.config.calibration_temperature
     baseline = fit_baseline(job) if job.shuffled else None
-    predictions = {}
+    predictions, groups = {}, {}
     for name, rows in job.test_rows.items():
         predictions[name] = trainer.predict(rows)
         metrics[name] = predictions[name].metrics | calibration_report(model, predictions[name])
         if "primary" in model.config.heads:
             metrics[name] |= baselines(job.train_rows, rows, job.system.label_set, baseline)
-    return Evaluation({key: without_prefix(figures) for key, figures in metrics.items()}, predictions)
+            logits, targets = predictions[name].predictions["logits"], predictions[name].label_ids
+            groups[name] = group_report(View(logits, targets, rows, job.system.label_set))
+    return Evaluation({key: without_prefix(figures) for key, figures in metrics.items()}, predictions, groups)
 
 
 def fit_baseline(job: Job) -> SailerTrainer:
@@ -225,6 +231,7 @@ def save(job: Job, trainer: SailerTrainer, evaluation: Evaluation) -> Path:
         job.system.model.save_pretrained(folder)
         job.system.processor.save_pretrained(folder)
         write_json(metrics, folder / "metrics.json")
+        write_json(evaluation.groups, folder / "groups.json")
         write_json(trainer.state.log_history, folder / "training_log.json")
         (folder / "recipe.yaml").write_text(job.resolved)
         plot_training(trainer.state.log_history, folder / "training_curve.png")
@@ -234,6 +241,12 @@ def save(job: Job, trainer: SailerTrainer, evaluation: Evaluation) -> Path:
                 logits, labels = prediction.predictions["logits"], prediction.label_ids["consensus"]
                 draw_confusion(logits, labels, label_set, path)
         facts = card_facts(job.settings, output_dir.name, job.resolved, job.corpus, label_set, metrics)
+        facts["groups"] = {name: text for name, found in evaluation.groups.items() if (text := group_section(found))}
+        for name in facts["groups"]:
+            path = folder / ("groups.png" if len(job.test_rows) == 1 else f"groups_{name}.png")
+            found = evaluation.groups[name]
+            plot_groups(by_kind(found["groups"]), path, largest_gap(found["gaps"]))
+            facts["files"][path.name] = f"Figures of {name} by group"
         render_card(facts, folder / "README.md")
     shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
     for name in ("validation", *job.test_rows):

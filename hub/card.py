@@ -66,6 +66,7 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
             settings: the recipe as resolved, YAML.
             metrics: split -> figures of `sailer.training.metrics.emotion_report`.
             baselines: split -> {baseline: {metric: value}}, optional.
+            groups: split -> figures by group of clips in Markdown (`sailer.training.groups.group_section`), optional.
             training: {what: value}, listed under Training, optional.
             files: {picture beside the card: caption}, optional.
             limits: further limits, a sentence each, optional.
@@ -81,6 +82,7 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
     optional: dict[str, Any] = {
         "synthetic": False,
         "baselines": {},
+        "groups": {},
         "training": {},
         "files": {},
         "limits": [],

@@ -39,6 +39,7 @@ def facts() -> dict:
         },
         "baselines": {"test": {"always the commonest class": {"macro_f1": 0.0625}}},
         "training": {"epochs": 15},
+        "groups": {"test": "| | clips |\n|---|---:|\n| sex: female | 3 |\n\nThe largest gap is by sex."},
         "files": {"training_curve.png": "Losses"},
         "limits": ["Actors, not talkers."],
     }
@@ -74,7 +75,7 @@ def sections(text: str) -> dict[str, str]:
 def test_card_sections_hold_what_happened(facts: dict, tmp_path: Path) -> None:
     text = render_card(facts, tmp_path / "README.md").read_text()
     found = sections(text)
-    assert list(found) == ["How to use", "Results", "Data", "Training", "Limits"]
+    assert list(found) == ["How to use", "Results", "By group", "Data", "Training", "Limits"]
     assert 'pipeline(model="me/a-system", trust_remote_code=True)' in found["How to use"]
     assert '"text":' in found["How to use"]
     for row in (
@@ -99,7 +100,7 @@ def test_card_sections_hold_what_happened(facts: dict, tmp_path: Path) -> None:
 
 def test_card_of_a_speech_only_and_synthetic_system(facts: dict, tmp_path: Path) -> None:
     facts |= {"text_backbone": None, "synthetic": True}
-    for name in ("baselines", "training", "files", "limits"):
+    for name in ("baselines", "training", "files", "groups", "limits"):
         del facts[name]
     text = render_card(facts, tmp_path / "README.md").read_text()
     assert 'recognise("clip.wav")' in text
@@ -129,3 +130,12 @@ def test_environment_facts_are_of_this_process() -> None:
     facts = environment_facts()
     assert facts["versions"]["torch"] == torch.__version__
     assert "cores" in facts["hardware"]
+
+
+def test_figures_by_group_say_what_they_are_for(facts: dict, tmp_path: Path) -> None:
+    text = render_card(facts, tmp_path / "README.md").read_text()
+    section = text[text.index("## By group") : text.index("## Data")]
+    assert "### test" in section and "| sex: female | 3 |" in section and "The largest gap is by sex." in section
+    assert "no decision about anyone is to be drawn from them" in section.replace("\n", " ")
+    del facts["groups"]
+    assert "By group" not in render_card(facts, tmp_path / "README.md").read_text()

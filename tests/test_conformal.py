@@ -164,7 +164,7 @@ def test_they_cover_what_they_should_on_clips_of_the_same_kind() -> None:
         (said, labels), (unseen, true) = drawn(150, seed), drawn(500, 1000 + seed)
         conformal = fit_conformal({"balanced": said}, labels, THREE)
         resampling = Resampling([""] * 500, 1)
-        plain, by_class = set_report(resampling, {"balanced": unseen}, true, THREE, conformal, [0.8])
+        plain, by_class = set_report(resampling, {"balanced": unseen}, true, THREE, conformal, coverages=[0.8])
         covered.append(plain["covered"][0])
         classes.append([by_class["classes"][label] for label in "abc"])
         sizes.append((plain["size"][0], by_class["size"][0]))
@@ -176,11 +176,13 @@ def test_they_cover_what_they_should_on_clips_of_the_same_kind() -> None:
 def test_a_report_by_hand() -> None:
     said = np.array([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.1, 0.1, 0.8], [0.4, 0.3, 0.3]])
     labels = np.array([0, 0, 2, -1])
-    report = set_report(Resampling(["x", "x", "y", "y"], 50), {"balanced": said}, labels, THREE, BY_HAND, [0.5])
+    speakers = ["x", "x", "y", "y"]
+    report = set_report(Resampling(speakers, 50), {"balanced": said}, labels, THREE, BY_HAND, speakers, [0.5])
     plain = report[0]  # 1 - p up to 0.4: {a}, {b}, {c}, and of the clip without a consensus {}
     assert (plain["prior"], plain["by_class"], plain["asked"]) == ("balanced", False, 0.5)
     assert plain["covered"][0] == pytest.approx(2 / 3) and plain["size"][0] == 1 == plain["single"][0]
     assert plain["empty"][0] == 0 and plain["classes"] == {"a": 0.5, "c": 1.0}
+    assert plain["speakers"] == {"x": 0.5, "y": 1.0}
     assert plain["covered"][1] == pytest.approx([0.5, 1.0]), "one speaker or the other"
     assert set_figures(said, labels, THREE, BY_HAND)["set90_coverage"] == pytest.approx(1)
     assert set_report(Resampling(["x"], 1), {"balanced": said[:1]}, np.array([-1]), THREE, BY_HAND) == []

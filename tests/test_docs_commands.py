@@ -146,6 +146,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_sailer: Path, tiny_s
     for name in ("installed", "installed-all", "installed-docs"):
         (folder / ".venv" / name).touch()
     shutil.copytree(tiny_sailer, folder / "outputs" / "demo")
+    settings = json.loads((folder / "outputs" / "demo" / "config.json").read_text())
+    kept = {"clips": 3, "scores": {"balanced": [0.2, 0.5, 0.8]}, "class_clips": {}, "class_scores": {"balanced": {}}}
+    (folder / "outputs" / "demo" / "config.json").write_text(json.dumps(settings | {"conformal": kept}))
     for name in ("outputs/ravdess_whisper_base", "MODEL1", "MODEL2"):
         shutil.copytree(tiny_speech_sailer, folder / name)
     for number in range(24 * 8):

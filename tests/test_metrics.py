@@ -26,6 +26,8 @@ from sailer.training.metrics import (
     greater_is_better,
     majority_class_f1,
     ranking_metrics,
+    risk_coverage,
+    selective_metrics,
     shuffled_label_f1,
 )
 
@@ -348,3 +350,24 @@ def test_concordance_metric(cache):
 def test_metric_of_nothing(metric, cache):
     with pytest.raises(ValueError, match="Nothing to score"):
         metric(**cache).compute(predictions=[], references=[])
+
+
+def test_risk_coverage_by_hand():
+    # Surest first: right, wrong, (right, wrong) together, right; one clip is not scored.
+    confidence = np.array([0.9, 0.8, 0.6, 0.6, 0.5, 0.99])
+    wrong = np.array([0, 1, 0, 1, 0, np.nan])
+    coverage, risk = risk_coverage(confidence, wrong)
+    assert coverage.tolist() == [0.2, 0.4, 0.8, 1.0] and risk.tolist() == [0, 0.5, 0.5, 0.4]
+    label_set = LabelSet(("a", "b", "Other"), ("a",))
+    # Differences of logits 2, 1 and 0 among the scored: surest right, then wrong, then right; the last is Other's.
+    logits = np.array([[2.0, 0, 5], [1, 0, 0], [0.1, 0, 0], [9, 0, 0]])
+    found = selective_metrics(logits, np.array([0, 1, 0, 2]), label_set)
+    assert found["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3) / 3)
+    assert emotion_report(logits, np.full((4, 3), np.nan), np.array([0, 1, 0, 2]), label_set)["aurc"] == found["aurc"]
+    assert np.isnan(selective_metrics(logits, np.full(4, -1), label_set)["aurc"])
+    # The best order of an error of 1/2 has 1/2 + 1/2 log 1/2 in the limit, the worst is above the error.
+    many, half = np.linspace(1, 0, 10001), np.arange(10001) > 5000
+    for errors, area in ((half, 0.5 + 0.5 * np.log(0.5)), (~half, 0.5 + 0.5 * np.log(2))):
+        shares, risks = risk_coverage(many, errors.astype(float))
+        assert (np.diff(shares, prepend=0) * risks).sum() == pytest.approx(area, abs=1e-3)
+    assert not greater_is_better("aurc")

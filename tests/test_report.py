@@ -49,13 +49,16 @@ def test_it_holds_all_that_it_should(reported: Path, corpus: Path) -> None:
     page, text = (reported / "report.html").read_text(), (reported / "report.md").read_text()
     for title in ("Macro-F1", "Accuracy", "Min. mAP", "Differences", "By class", "Agreement against error"):
         assert title in page and title in text
+    for title in ("Risk and coverage", "By entropy of the votes", "By agreement", "Gaps between groups"):
+        assert title in page and title in text
+    assert "Prediction sets" not in page, "these systems have no scores for them"
     for title in ("By sex", "By age", "By duration", "By speaker", "The worst clips of ensemble"):
         assert title in page and title in text
-    for name in ("confusion_matrix", "reliability", "agreement", "groups", "speakers"):
+    for name in ("confusion_matrix", "reliability", "risk_coverage", "agreement", "groups", "speakers"):
         assert (reported / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"({name}.png)" in text
     # Self-contained: pictures within, recordings by their paths, nothing from elsewhere.
     sources = re.findall(r'(?:src|href)="([^"]{1,60})', page)
-    assert sum(source.startswith("data:image/png") for source in sources) == 5
+    assert sum(source.startswith("data:image/png") for source in sources) == 6
     links = [source for source in sources if not source.startswith("data:image/png")]
     assert links and all(link.startswith("file:///") for link in links)
     assert page.count("<audio") == 20 and (corpus / "0.wav").as_uri()[:40] in page
@@ -73,7 +76,8 @@ def test_figures_have_intervals_differences_and_groups(reported: Path) -> None:
     assert compared["difference"] == pytest.approx(ensemble["macro_f1"] - first["macro_f1"])
     assert second["scored_clips"] == 24 and "loss" in first
     groups = ensemble["groups"]
-    assert {kind: len(rows) for kind, rows in groups.items()} == {"sex": 2, "age": 4, "duration": 2, "speaker": 6}
+    expected = {"sex": 2, "age": 4, "duration": 2, "agreement": 1, "speaker": 6}
+    assert {kind: len(rows) for kind, rows in groups.items()} == expected
     for rows in groups.values():
         assert sum(row["clips"] for row in rows) == 24
         share = sum(row["scored"] * row["accuracy"][0] for row in rows) / 24

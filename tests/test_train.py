@@ -83,6 +83,9 @@ def test_the_config_keeps_what_the_scores_mean(result: tuple[Path, str]) -> None
     assert config.target_weighting == "product" and config.calibration_temperature != 1.0
     assert config.conformal["clips"] > 0 and set(config.conformal["scores"]) == {"balanced", "natural"}
     metrics = json.loads((result[0] / "metrics.json").read_text())
+    groups = json.loads((result[0] / "groups.json").read_text())["test"]["groups"]
+    assert sum(row["scored"] for row in groups["sex"]) == metrics["test"]["scored_clips"] and "agreement" in groups
+    assert "## By group" in (result[0] / "README.md").read_text() and (result[0] / "groups.png").is_file()
     assert metrics["validation"]["set90_coverage"] >= 0.9 and metrics["test"]["set90_size"] >= 1
     assert config.audio_config._name_or_path == ""
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import rel_entr, softmax
 
 from sailer.data.schema import ATTRIBUTES, LabelSet
-from sailer.training.metrics import CALIBRATION_BINS, SMALLEST_PROBABILITY, decisions
+from sailer.training.metrics import ANSWERED, CALIBRATION_BINS, SMALLEST_PROBABILITY, confidences, decisions
 
 CHUNK = 2_000_000  # draws times clips that are weighed at once
 LEVEL = 95
@@ -91,6 +91,7 @@ def replicated_figures(
     logits, labels = outputs["logits"].astype(np.float64).clip(min=-1e9), targets["consensus"].astype(int)
     found = decision_figures(resampling, decisions(logits, label_set), labels, label_set)
     found |= _ranking(resampling, logits, labels, label_set)
+    found |= selective_figures(resampling, logits, labels, label_set)
     found |= distribution_figures(resampling, softmax(logits, axis=1), targets["labels"])
     if natural is not None:
         figures = distribution_figures(resampling, natural.astype(np.float64), targets["labels"])
@@ -163,6 +164,32 @@ def reliability_parts(
     confidence = probabilities[rows, chosen]
     edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
     return confidence, distributions[rows, chosen], np.digitize(confidence, edges[1:-1], right=True)
+
+
+def selective_figures(
+    resampling: Resampling, logits: np.ndarray, labels: np.ndarray, label_set: LabelSet
+) -> dict[str, np.ndarray]:
+    """`selective_metrics` for each draw (draws,): aurc, and risk_<share> in percent of the clips that are answered."""
+    confidence, wrong = confidences(logits, labels, label_set)
+    nothing = np.full(len(resampling.counts), np.nan)
+    shares = {f"risk_{round(100 * share)}": share for share in ANSWERED}
+    if not np.isfinite(wrong).any():
+        return dict.fromkeys(("aurc", *shares), nothing)
+    kept = np.flatnonzero(np.isfinite(wrong))
+    order = kept[np.argsort(-confidence[kept], kind="stable")]
+    ends = np.append(np.flatnonzero(np.diff(confidence[order])), len(order) - 1)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("aurc", *shares)}
+    for weights in resampling.weights():
+        weights = weights[:, order]
+        answered = np.cumsum(weights, axis=1)[:, ends]
+        errors = np.cumsum(weights * wrong[order], axis=1)[:, ends]
+        risk, total = _ratio(errors, answered), answered[:, -1]
+        gained = np.diff(answered, axis=1, prepend=0)
+        parts["aurc"].append(_ratio(np.where(gained > 0, gained * risk, 0).sum(axis=1), total))
+        for name, share in shares.items():
+            first = (answered >= share * total[:, None] - 1e-9).argmax(axis=1)
+            parts[name].append(np.where(total > 0, risk[np.arange(len(risk)), first], np.nan))
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def average_precision(resampling: Resampling, relevant: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -103,6 +103,7 @@ def set_report(
     labels: np.ndarray,
     label_set: LabelSet,
     conformal: Mapping[str, Any],
+    speakers: Sequence[str] = (),
     coverages: Sequence[float] = COVERAGES,
 ) -> list[dict[str, Any]]:
     """How sets do on clips of other speakers than they were fitted on: what is promised is not promised there.
@@ -113,19 +114,22 @@ def set_report(
         labels: (clips,) consensus; only clips of a scored class count.
         label_set: the primary emotions.
         conformal: of the system's configuration.
+        speakers: (clips,) names, "" where unknown; none for no figures by speaker.
         coverages: that are asked for.
 
     Returns:
         A row per prior, kind of threshold and coverage asked for: `prior`, `by_class`, `asked`; `covered` (the share
         of clips whose consensus is in their set), `size` (classes in a set), `single` and `empty` (shares of the
-        sets), each a (value, interval); and `classes`, the coverage of each class. Empty where no clip has a scored
-        class.
+        sets), each a (value, interval); and `classes` and `speakers`, the coverage of each. Empty where no clip has a
+        scored class.
     """
     scored = np.asarray(label_set.indices(label_set.scored))
     known = np.isin(labels, scored)
     if not known.any():
         return []
     true = np.asarray(labels)[:, None] == scored
+    names = np.array(speakers, dtype=object)
+    people = {name: known & (names == name) for name in sorted(set(names[known]) - {""})} if len(names) else {}
     count = resampling.sums(known)
     rows = []
     for prior in (prior for prior in conformal["scores"] if prior in probabilities):
@@ -145,6 +149,7 @@ def set_report(
                     for place, label in enumerate(label_set.scored)
                     if true[:, place].any()
                 }
+                row["speakers"] = {name: float(hits[mask].mean()) for name, mask in people.items()}
                 rows.append(row)
     return rows
 
@@ -154,7 +159,7 @@ def set_figures(
 ) -> dict[str, float]:
     """The figures of a split in a line: coverage and size of sets of 90 % by the balanced prior, both kinds."""
     alone = Resampling([""] * len(labels), 1)  # without intervals
-    rows = set_report(alone, {"balanced": probabilities}, labels, label_set, conformal, [0.9])
+    rows = set_report(alone, {"balanced": probabilities}, labels, label_set, conformal, coverages=[0.9])
     return {
         f"set90{'_by_class' if row['by_class'] else ''}_{name}": row[key][0]
         for row in rows

@@ -52,6 +52,7 @@ SUMMARY = {
     "baseline_shuffled_macro_f1": "  trained on shuffled labels",
     "accuracy": "accuracy",
     "min_map": "Min. mAP",
+    "aurc": "area under the risk-coverage curve",
     "ccc": "CCC of the attributes",
     "kl": "KL from the annotators, balanced prior",
     "natural_kl": "  natural prior, fitted temperature",
@@ -87,8 +88,9 @@ def evaluate_models(
         data_dir: the corpus's folder.
         split: which of its splits.
         output_dir: where the report goes, if anywhere: report.md and report.html, metrics.json (with `intervals`,
-            `differences` from the systems before, and `groups`), predictions.csv (id, label, decision and
-            probabilities of each clip, by the last system), predictions.parquet (of every system) and pictures.
+            `sets`, `differences` from the systems before, and of the last one `strata`, `groups` and `gaps`),
+            predictions.csv (id, label, decision and probabilities of each clip, by the last system),
+            predictions.parquet (of every system) and pictures.
         corpus_options: further options of the corpus's loader.
         batch_size: clips per batch.
         bootstrap: draws of the speakers, for intervals and differences.
@@ -106,7 +108,7 @@ def evaluate_models(
     """
     if output_dir is None and (submission or embed_audio):
         raise ValueError("A submission and audio in the report are files: name a folder for them with --output_dir.")
-    loaded = _load(models)
+    loaded = load_systems(models)
     label_set = label_set_of(loaded[0][0].config)
     rows = labelled_rows(corpus, data_dir, split, label_set, corpus_options, submission is not None)
     is_labelled = _has_labels(rows)
@@ -251,7 +253,7 @@ def recalibrate(
     folder = Path(model)
     if not folder.is_dir():
         raise ValueError(f"{model} is no folder, and calibration is written to one: name a system's folder.")
-    ((system, processor),) = _load([folder])
+    ((system, processor),) = load_systems([folder])
     label_set = label_set_of(system.config)
     rows = labelled_rows(corpus, data_dir, split, label_set, corpus_options)
     prediction = predict(system, processor, rows, label_set, batch_size)
@@ -340,8 +342,12 @@ def _trainer(
         )
 
 
-def _load(models: Sequence[str | Path]) -> list[tuple[Any, Any]]:
-    """Models and their processors; several systems come as one ensemble."""
+def load_systems(models: Sequence[str | Path]) -> list[tuple[Any, Any]]:
+    """Models and their processors; several systems come as one ensemble.
+
+    Raises:
+        ValueError: systems of different labels, or without the primary head (names them).
+    """
     kinds = [SailerConfig.get_config_dict(model)[0].get("model_type") for model in models]
     if len(models) > 1 and SailerEnsembleConfig.model_type not in kinds:
         sources = list(models)
@@ -394,10 +400,12 @@ def _evaluate(
             asked = {key: value for key, value in targets.items() if key in wanted or key == CONSENSUS}
             said: Any = (own, asked)
             figures = trainer.report(EvalPrediction(*said))
-            found.append(Evaluated(name, own, figures, _natural(member, own["logits"])))
+            natural, conformal = _natural(member, own["logits"]), member.config.conformal
+            found.append(Evaluated(name, own, figures, natural, conformal))
     natural = _natural(model, outputs.get("member_logits", outputs["logits"]))
     own = {name: value for name, value in outputs.items() if not name.startswith("member_")}
-    return [*found, Evaluated(names[-1], own, without_prefix(prediction.metrics), natural)], targets
+    figures = without_prefix(prediction.metrics)
+    return [*found, Evaluated(names[-1], own, figures, natural, model.config.conformal)], targets
 
 
 def _natural(model: Any, logits: np.ndarray) -> np.ndarray | None:

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION_BINS = 15
 SMALLEST_PROBABILITY = 1e-12  # a class given probability 0 that annotators chose: the divergence stays finite
-LOWER_IS_BETTER = ("kl", "js", "ece", "secondary_kl", "age_mae")
+LOWER_IS_BETTER = ("kl", "js", "ece", "aurc", "secondary_kl", "age_mae")
+ANSWERED = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # shares of the clips at which the risk is looked at
 
 _VECTORS = List(Value("float64"))
 _CLASS_INPUTS = {"predictions": Value("int64"), "references": Value("int64")}
@@ -62,6 +63,7 @@ def emotion_report(
         macro_f1, accuracy, uar and f1_<label>: of the argmax over the scored classes (`decision_metrics`);
         min_map and ap_<label>: of the softmax over the scored classes (`ranking_metrics`);
         macro_f1_min_map: the mean of macro_f1 and min_map;
+        aurc: of the softmax over the scored classes (`selective_metrics`);
         kl, js, ece: of the softmax over all classes (`distribution_metrics`);
         and, for each head given, secondary_kl and secondary_map; ccc_arousal, ccc_valence, ccc_dominance and ccc;
         sex_accuracy; age_mae.
@@ -86,6 +88,7 @@ def emotion_report(
     report |= decision_metrics(decisions(logits, label_set), labels, label_set)
     report |= ranking_metrics(scores, labels, label_set)
     report["macro_f1_min_map"] = (report["macro_f1"] + report["min_map"]) / 2
+    report |= selective_metrics(logits, labels, label_set)
     report |= distribution_metrics(softmax(logits, axis=1), distributions)
     if secondary_logits is not None:
         report |= _secondary_metrics(secondary_logits, secondary_labels)
@@ -159,6 +162,47 @@ def ranking_metrics(scores: Any, references: Any, label_set: LabelSet) -> dict[s
     }
     minority = [value for label, value in precisions.items() if label in label_set.minority]
     return {"min_map": _mean(minority), **{f"ap_{label}": value for label, value in precisions.items()}}
+
+
+def confidences(logits: Any, labels: Any, label_set: LabelSet) -> tuple[np.ndarray, np.ndarray]:
+    """(clips,) the probability of the decision, by the softmax over the scored classes; and whether it is wrong, 1 or
+    0, NaN of a clip whose consensus is not a scored class."""
+    scored = label_set.indices(label_set.scored)
+    confidence = softmax(np.asarray(logits, dtype=np.float64)[:, scored], axis=1).max(axis=1)
+    wrong = (decisions(logits, label_set) != labels).astype(float)
+    return confidence, np.where(np.isin(labels, scored), wrong, np.nan)
+
+
+def risk_coverage(confidence: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Who answers only where it is surest: the share of clips answered, and the share of those that is wrong.
+
+    Args:
+        confidence: (clips,), larger for surer; clips of equal confidence are answered together.
+        wrong: (clips,) 1 or 0; NaN leaves a clip out.
+
+    Returns:
+        Two arrays (distinct confidences,), from the surest clips alone to all of them.
+    """
+    kept = np.flatnonzero(np.isfinite(wrong))
+    order = kept[np.argsort(-confidence[kept], kind="stable")]
+    ends = np.append(np.flatnonzero(np.diff(confidence[order])), len(order) - 1)
+    return (ends + 1) / len(order), np.cumsum(wrong[order])[ends] / (ends + 1)
+
+
+def selective_metrics(logits: Any, labels: Any, label_set: LabelSet) -> dict[str, float]:
+    """aurc: the area under the risk-coverage curve, that is the mean over the clips of the error among those that are
+    at least as sure (Geifman, Uziel and El-Yaniv 2019, https://arxiv.org/abs/1805.08206). An order by chance has the
+    error of all clips, the best one of an error r has r + (1 - r) log(1 - r). NaN without scored clips.
+
+    Args:
+        logits: (clips, labels).
+        labels: (clips,) consensus; clips whose consensus is not a scored class are left out.
+    """
+    confidence, wrong = confidences(logits, labels, label_set)
+    if not np.isfinite(wrong).any():
+        return {"aurc": np.nan}
+    coverage, risk = risk_coverage(confidence, wrong)
+    return {"aurc": float((np.diff(coverage, prepend=0) * risk).sum())}
 
 
 def distribution_metrics(probabilities: Any, distributions: Any) -> dict[str, float]:

@@ -18,17 +18,11 @@ from scipy.special import log_softmax, softmax
 from sailer.data.atomic import replacing
 from sailer.data.rendering import render
 from sailer.data.schema import ATTRIBUTES, LabelSet
-from sailer.training.bootstrap import (
-    LEVEL,
-    Resampling,
-    decision_figures,
-    distribution_figures,
-    divergences,
-    reliability_parts,
-    replicated_figures,
-)
-from sailer.training.metrics import CALIBRATION_BINS, decisions
-from sailer.training.report_plots import plot_agreement, plot_groups, plot_reliability, plot_speakers
+from sailer.training.bootstrap import LEVEL, Resampling, divergences, replicated_figures
+from sailer.training.conformal import set_report
+from sailer.training.groups import KINDS, View, by_kind, largest_gap
+from sailer.training.metrics import ANSWERED, confidences, decisions, risk_coverage
+from sailer.training.report_plots import plot_agreement, plot_groups, plot_reliability, plot_risk, plot_speakers
 
 TEMPLATES = Path(__file__).parents[1] / "model_cards"
 # The figures of the whole split by their names in the report; the first three are the paper's, under its names.
@@ -41,7 +35,9 @@ TITLES = {
     "js": "JS divergence (nats)",
     "ece": "Calibration error",
     "natural_kl": "KL, natural prior",
+    "natural_js": "JS divergence, natural prior",
     "natural_ece": "Calibration error, natural prior",
+    "aurc": "Area under the risk-coverage curve",
     "ccc": "CCC, mean of the attributes",
     **{f"ccc_{name}": f"CCC, {name}" for name in ATTRIBUTES},
     "secondary_kl": "KL, secondary emotions",
@@ -51,24 +47,27 @@ TITLES = {
 }
 PAPERS = ("macro_f1", "accuracy", "min_map")
 COMPARED = (*PAPERS, "kl", "ccc")
-AGES = ((0, 30), (30, 45), (45, 60), (60, 150))
-DURATIONS = ((0, 2), (2, 4), (4, 8), (8, float("inf")))
-AGREEMENTS = ((0, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.0), (1.0, 1.1))
 WORST = 20
 EMBEDDED_SECONDS = 60.0
 FEW = 10  # speakers: with fewer, intervals and p say little
 SPEAKERS = 40  # rows of the table; the picture and metrics.json have all
 WITH_AUDIO = "report_with_audio.html"
+GAPS_NOTE = (
+    "The lowest and the highest group were chosen for their difference, which is therefore somewhat too large. It "
+    "shows where the system is not to be relied on; no decision about people is to be drawn from it."
+)
 
 
 @dataclass
 class Evaluated:
-    """A system's outputs on a split by name, (clips, ...) each, its figures, and its natural probabilities."""
+    """A system's outputs on a split by name, (clips, ...) each, its figures, its natural probabilities, and what its
+    configuration keeps for prediction sets."""
 
     name: str
     outputs: dict[str, np.ndarray]
     figures: dict[str, Any]
     natural: np.ndarray | None
+    conformal: Mapping[str, Any] | None = None
     replicates: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -91,7 +90,8 @@ def add_intervals(
     repeats: int = 1000,
     seed: int = 0,
 ) -> Resampling:
-    """Give each system's figures their `intervals`, and `differences` from each system before it.
+    """Give each system's figures their `intervals`, `sets` where it has scores for them, and `differences` from each
+    system before it.
 
     Args:
         systems: with figures; their `replicates` are kept for `write_report`.
@@ -105,6 +105,11 @@ def add_intervals(
         system.replicates = replicated_figures(resampling, system.outputs, targets, label_set, system.natural)
         system.figures |= {name: float(values[0]) for name, values in system.replicates.items()} | system.figures
         system.figures["intervals"] = {name: resampling.interval(values) for name, values in system.replicates.items()}
+        if system.conformal is not None:
+            said = {"balanced": softmax(system.outputs["logits"], axis=1), "natural": system.natural}
+            known = {prior: values for prior, values in said.items() if values is not None}
+            labels = targets["consensus"].astype(int)
+            system.figures["sets"] = set_report(resampling, known, labels, label_set, system.conformal, speakers)
     for one, other in combinations(systems, 2):
         differences = {
             name: resampling.compare(other.replicates[name], one.replicates[name])
@@ -142,36 +147,20 @@ def write_report(
         The HTML file.
     """
     main = systems[-1]
-    view = _View(main, targets, rows, label_set, len(next(iter(main.replicates.values()))) - 1, seed)
-    groups = {kind: view.groups(kind) for kind in ("sex", "age", "duration")}
-    speakers = view.groups("speaker")
-    main.figures["groups"] = {**groups, "speaker": speakers}
-    tables = [_figures_table(systems), *_differences_table(systems), _class_table(main, targets, label_set)]
+    repeats = len(next(iter(main.replicates.values()))) - 1
+    view = View(main.outputs["logits"], targets, rows, label_set, main.natural, repeats, seed)
     pictures = {"Confusion matrix": "confusion_matrix.png"}
-    curves = {"balanced prior": view.reliability(softmax(main.outputs["logits"], axis=1))}
+    curves = {"balanced prior": view.reliability(view.probabilities)}
     if main.natural is not None:
         curves["natural prior"] = view.reliability(main.natural)
     if any(curve["clips"].any() for curve in curves.values()):
         plot_reliability(curves, folder / "reliability.png")
         pictures["Reliability"] = "reliability.png"
-    agreement = view.agreement()
-    if agreement:
-        plot_agreement(agreement, folder / "agreement.png")
-        tables.append(_group_table("Agreement against error", agreement, ("error", "kl"), "agreement.png"))
-    if any(groups.values()):
-        plot_groups(groups, folder / "groups.png")
-    for kind, found in groups.items():
-        if found:
-            picture = "groups.png" if found is next(filter(None, groups.values())) else ""
-            tables.append(_group_table(f"By {kind}", found, ("macro_f1", "accuracy", "kl"), picture))
-    if speakers:
-        plot_speakers(speakers, folder / "speakers.png")
-        ordered = sorted(speakers, key=lambda row: row["accuracy"][0])
-        table = _group_table("By speaker", ordered[:SPEAKERS], ("accuracy", "macro_f1"), "speakers.png")
-        table.note = "Intervals over the speaker's clips; the worst first."
-        if len(ordered) > SPEAKERS:
-            table.note += f" {len(ordered) - SPEAKERS} more are in metrics.json."
-        tables.append(table)
+    tables = [
+        *(_figures_table(systems), *_differences_table(systems), _class_table(main, targets, label_set)),
+        *(*_risk_tables(main, view, folder), *_set_tables(main), *_agreement_tables(main, view, folder)),
+        *_group_tables(main, view, folder),
+    ]
     facts = {
         "title": f"Evaluation on {split}",
         "date": date.today().isoformat(),
@@ -179,13 +168,13 @@ def write_report(
         "main": main.name,
         "tables": tables,
         "pictures": pictures,
-        "worst": list(view.worst(embed_audio)),
+        "worst": list(_worst(view, main.outputs["logits"], embed_audio)),
         "clips": len(rows),
         "scored": int(main.figures["scored_clips"]),
         "speakers": len(set(rows["speaker"]) - {""}),
         "unknown": sum(not name for name in rows["speaker"]),
         "few": len(set(rows["speaker"])) < FEW and "" not in rows["speaker"],
-        "draws": view.repeats,
+        "draws": repeats,
         "level": LEVEL,
         "embedded": embed_audio,
     }
@@ -219,117 +208,6 @@ def write_table(
         parts.append(part)
     with replacing(path) as beside:
         pd.concat(parts, ignore_index=True).to_parquet(beside, index=False)
-
-
-class _View:
-    """One system's outputs on a split, looked at by groups of clips."""
-
-    def __init__(
-        self,
-        system: Evaluated,
-        targets: Mapping[str, np.ndarray],
-        rows: Dataset,
-        label_set: LabelSet,
-        repeats: int,
-        seed: int,
-    ) -> None:
-        self.system, self.rows, self.label_set, self.repeats, self.seed = system, rows, label_set, repeats, seed
-        self.labels, self.distributions = targets["consensus"].astype(int), targets["labels"]
-        self.probabilities = softmax(system.outputs["logits"].astype(np.float64), axis=1)
-        self.decided = decisions(system.outputs["logits"], label_set)
-        self.scored = np.isin(self.labels, label_set.indices(label_set.scored))
-        self.speakers = np.array(rows["speaker"], dtype=object)
-
-    def groups(self, kind: str) -> list[dict[str, Any]]:
-        """Rows of figures for each group of clips of a kind: speaker, sex, age or duration; unknown ones too."""
-        if kind in ("speaker", "sex"):
-            values = np.array(self.rows[kind], dtype=object)
-            chosen = {str(name) or "unknown": values == name for name in sorted(set(values))}
-        else:
-            numbers = np.array(self.rows[kind], dtype=float)
-            bands = AGES if kind == "age" else DURATIONS
-            chosen = {_band(low, high, kind): (numbers >= low) & (numbers < high) for low, high in bands}
-            chosen["unknown"] = np.isnan(numbers)
-        if set(chosen) == {"unknown"} or not any(mask.any() for name, mask in chosen.items() if name != "unknown"):
-            return []
-        # Within a speaker it is the clips that are drawn.
-        return [
-            row for name, mask in chosen.items() if (row := self._figures(name, mask, kind == "speaker")) is not None
-        ]
-
-    def agreement(self) -> list[dict[str, Any]]:
-        """Rows of error and divergence by the share of annotators who chose the commonest class."""
-        shares = self.distributions.max(axis=1)  # NaN without votes
-        found = []
-        for low, high in AGREEMENTS:
-            name = "all" if low == 1 else f"{low:.1f}-{high:.1f}"
-            row = self._figures(name, (shares >= low) & (shares < high) if low < 1 else shares >= 1)
-            if row is not None:
-                value, interval = row.pop("accuracy")
-                row["error"] = (1 - value, interval and [1 - end for end in reversed(interval)])
-                found.append(row)
-        return found
-
-    def reliability(self, probabilities: np.ndarray) -> dict[str, np.ndarray]:
-        """For `plot_reliability`."""
-        known = np.isfinite(self.distributions).all(axis=1)
-        shape = (CALIBRATION_BINS,)
-        curve = {name: np.full(shape, np.nan) for name in ("confidence", "agreement", "low", "high")}
-        curve["clips"] = np.zeros(shape)
-        if known.any():
-            resampling = Resampling(self.speakers[known], self.repeats, self.seed)
-            confidence, agreed, bins = reliability_parts(probabilities[known], self.distributions[known])
-            places = np.eye(CALIBRATION_BINS)[bins]
-            clips, sums, sure = (
-                resampling.sums(places * x[:, None]) for x in (np.ones(len(bins)), agreed, confidence)
-            )
-            with np.errstate(invalid="ignore", divide="ignore"):
-                means, curve["confidence"] = sums / clips, sure[0] / clips[0]
-            curve["clips"], curve["agreement"] = clips[0], means[0]
-            for index in np.flatnonzero(clips[0]):
-                curve["low"][index], curve["high"][index] = (
-                    resampling.interval(means[:, index]) or [means[0, index]] * 2
-                )
-        return curve
-
-    def worst(self, embed_audio: bool) -> Iterator[dict[str, str]]:
-        """The clips whose consensus the system thought least likely, each with a link to its recording."""
-        names = self.label_set.labels
-        own = log_softmax(self.system.outputs["logits"], axis=1)[np.arange(len(self.labels)), self.labels]
-        divergence = divergences(self.probabilities, np.nan_to_num(self.distributions, nan=0.0))
-        order = [int(i) for i in np.argsort(np.where(self.scored, own, np.inf), kind="stable") if self.scored[i]]
-        for index in order[:WORST]:
-            row = self.rows[index]
-            path = row["audio"]["path"]
-            link = Path(path).resolve().as_uri() if path and Path(path).is_file() else ""
-            votes = np.nan_to_num(self.distributions[index])
-            told = [f"{names[i]} {votes[i]:.2f}" for i in np.argsort(-votes) if votes[i] > 0]
-            yield {
-                "id": row["id"],
-                "link": link,
-                "audio": _embedded(row) if embed_audio else link,
-                "speaker": row["speaker"] or "unknown",
-                "seconds": f"{row['duration']:.1f}",
-                "label": names[self.labels[index]],
-                "decision": names[self.decided[index]],
-                "probability": f"{np.exp(own[index]):.4f}",
-                "votes": ", ".join(told) or "-",
-                "kl": f"{divergence[index]:.3f}" if told else "-",
-            }
-
-    def _figures(self, name: str, mask: np.ndarray, by_clip: bool = False) -> dict[str, Any] | None:
-        if not mask.any():
-            return None
-        speakers = [""] * int(mask.sum()) if by_clip else self.speakers[mask]
-        resampling = Resampling(speakers, self.repeats, self.seed)
-        found = decision_figures(resampling, self.decided[mask], self.labels[mask], self.label_set)
-        found |= distribution_figures(resampling, self.probabilities[mask], self.distributions[mask])
-        figures = {
-            key: (float(found[key][0]), resampling.interval(found[key])) for key in ("macro_f1", "accuracy", "kl")
-        }
-        counts = {"clips": int(mask.sum()), "scored": int(self.scored[mask].sum())}
-        people = len(set(self.speakers[mask]) - {""})
-        return {"group": name, **counts, "speakers": people, **figures}
 
 
 def _figures_table(systems: Sequence[Evaluated]) -> Table:
@@ -377,11 +255,118 @@ def _class_table(system: Evaluated, targets: Mapping[str, np.ndarray], label_set
     return Table("By class", ["", "clips", "precision", "recall", "F1", "average precision"], rows)
 
 
+def _risk_tables(system: Evaluated, view: View, folder: Path) -> list[Table]:
+    """The error among the clips of which the system is surest; nothing without scored clips."""
+    confidence, wrong = confidences(system.outputs["logits"], view.labels, view.label_set)
+    if not np.isfinite(wrong).any():
+        return []
+    intervals = system.figures["intervals"]
+    shares = [(share, f"risk_{round(100 * share)}") for share in ANSWERED]
+    bands = [(share, *(intervals[name] or (np.nan, np.nan))) for share, name in shares]
+    plot_risk(*risk_coverage(confidence, wrong), bands, folder / "risk_coverage.png")
+    rows = [[f"{share:.0%}", shown(system.figures[name], intervals[name])] for share, name in shares]
+    note = (
+        "The share decided wrongly of the scored clips that the system is surest of, by the probability of its "
+        f"decision. The area under the curve is {shown(system.figures['aurc'], intervals['aurc'])}; of an order by "
+        f"chance it would be {system.figures['risk_100']:.3f}."
+    )
+    return [Table("Risk and coverage", ["clips answered", "decided wrongly"], rows, note, "risk_coverage.png")]
+
+
+def _set_tables(system: Evaluated) -> list[Table]:
+    rows = [
+        [
+            f"{row['asked']:.0%}, {row['prior']} prior" + (", by class" if row["by_class"] else ""),
+            shown(row["covered"][0], row["covered"][1], percent=True),
+            *(shown(*row[name]) for name in ("size", "single", "empty")),
+            *(_lowest(row[name]) for name in ("classes", "speakers")),
+        ]
+        for row in system.figures.get("sets", [])
+    ]
+    if not rows or system.conformal is None:
+        return []
+    note = (
+        f"Thresholds are from {system.conformal['clips']} calibration clips. For clips and speakers like those the "
+        "consensus is in a set as often as was asked for; here it is measured, and was not promised."
+    )
+    header = ["asked for", "has the consensus (%)", "labels in a set", "one label", "empty"]
+    return [Table("Prediction sets", [*header, "lowest class", "lowest speaker"], rows, note)]
+
+
+def _lowest(covered: Mapping[str, float]) -> str:
+    if not covered:
+        return "-"
+    name = min(covered, key=covered.__getitem__)
+    return f"{name} {100 * covered[name]:.0f}"
+
+
+def _agreement_tables(system: Evaluated, view: View, folder: Path) -> list[Table]:
+    """Error and divergences by how far the annotators agree; nothing without votes."""
+    rows = view.agreement()
+    if not rows:
+        return []
+    plot_agreement(rows, folder / "agreement.png")
+    system.figures["strata"] = strata = view.strata()
+    names = [name for name in ("kl", "js", "ece", "natural_kl", "natural_js", "natural_ece") if name in strata[0]]
+    return [
+        _group_table("Agreement against error", rows, ("error", "kl"), "agreement.png"),
+        Table(
+            "By entropy of the votes",
+            ["", "clips", "speakers", *(TITLES[name] for name in names)],
+            [
+                [_with_note(row), str(row["clips"]), str(row["speakers"]), *(shown(*row[name]) for name in names)]
+                for row in strata
+            ],
+            "Strata of the annotators' distribution by its entropy in nats: 0 where they all agree.",
+        ),
+    ]
+
+
+def _group_tables(system: Evaluated, view: View, folder: Path) -> list[Table]:
+    """Figures by group and the gaps between groups."""
+    found = {kind: rows for kind in (*KINDS, "speaker") if (rows := view.groups(kind))}
+    gaps = view.gaps()
+    system.figures |= {"groups": found, "gaps": gaps}
+    speakers, tables, picture = found.get("speaker", []), [], ""
+    groups = by_kind(found)
+    if groups:
+        plot_groups(groups, folder / "groups.png", largest_gap(gaps))
+        picture = "groups.png"
+    for kind, rows in groups.items():
+        tables.append(_group_table(f"By {kind}", rows, ("macro_f1", "accuracy", "kl"), picture))
+        picture = ""
+    if speakers:
+        plot_speakers(speakers, folder / "speakers.png")
+        ordered = sorted(speakers, key=lambda row: row["accuracy"][0])
+        table = _group_table("By speaker", ordered[:SPEAKERS], ("accuracy", "macro_f1"), "speakers.png")
+        table.note = "Intervals over the speaker's clips; the worst first."
+        if len(ordered) > SPEAKERS:
+            table.note += f" {len(ordered) - SPEAKERS} more are in metrics.json."
+        tables.append(table)
+    if gaps:
+        cells = [
+            [
+                f"{gap['kind']}: {TITLES[gap['figure']]}",
+                *(f"{gap[end]} {gap['values'][place]:.3f}" for place, end in ((0, "low"), (1, "high"))),
+                shown(gap["difference"], gap["interval"]),
+                "-" if gap["p"] is None else f"{gap['p']:.3f}",
+            ]
+            for gap in gaps
+        ]
+        note = f"{largest_gap(gaps)} {GAPS_NOTE}"
+        tables.append(Table("Gaps between groups", ["", "lowest", "highest", "difference", "p"], cells, note))
+    return tables
+
+
+def _with_note(row: Mapping[str, Any]) -> str:
+    return f"{row['group']} ({row['note']})" if "note" in row else row["group"]
+
+
 def _group_table(title: str, found: Sequence[Mapping[str, Any]], names: Sequence[str], picture: str) -> Table:
     titles = {"error": "decided wrongly", **TITLES}
     rows = [
         [
-            row["group"],
+            _with_note(row),
             *(str(row[name]) for name in ("clips", "scored", "speakers")),
             *(shown(row[name][0], row[name][1], name == "accuracy") for name in names),
         ]
@@ -400,11 +385,30 @@ def shown(value: float, interval: Sequence[float] | None, percent: bool = False,
     return f"{scale * value:{form}}{ends}"
 
 
-def _band(low: float, high: float, kind: str) -> str:
-    unit = "years" if kind == "age" else "s"
-    if high in (AGES[-1][1], DURATIONS[-1][1]):
-        return f"{low} {unit} or more"
-    return f"under {high} {unit}" if low == 0 else f"{low} to {high} {unit}"
+def _worst(view: View, logits: np.ndarray, embed_audio: bool) -> Iterator[dict[str, str]]:
+    """The clips whose consensus the system thought least likely, each with a link to its recording."""
+    names = view.label_set.labels
+    own = log_softmax(logits, axis=1)[np.arange(len(view.labels)), view.labels]
+    divergence = divergences(view.probabilities, np.nan_to_num(view.distributions, nan=0.0))
+    order = [int(i) for i in np.argsort(np.where(view.scored, own, np.inf), kind="stable") if view.scored[i]]
+    for index in order[:WORST]:
+        row = view.rows[index]
+        path = row["audio"]["path"]
+        link = Path(path).resolve().as_uri() if path and Path(path).is_file() else ""
+        votes = np.nan_to_num(view.distributions[index])
+        told = [f"{names[i]} {votes[i]:.2f}" for i in np.argsort(-votes) if votes[i] > 0]
+        yield {
+            "id": row["id"],
+            "link": link,
+            "audio": _embedded(row) if embed_audio else link,
+            "speaker": row["speaker"] or "unknown",
+            "seconds": f"{row['duration']:.1f}",
+            "label": names[view.labels[index]],
+            "decision": names[view.decided[index]],
+            "probability": f"{np.exp(own[index]):.4f}",
+            "votes": ", ".join(told) or "-",
+            "kl": f"{divergence[index]:.3f}" if told else "-",
+        }
 
 
 def _embedded(row: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
-"""A report's tables go in, its pictures (PNG) come out: reliability, agreement against error, groups, speakers."""
+"""A report's tables go in, its pictures (PNG) come out: reliability, risk, agreement and error, groups, speakers."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,39 @@ def plot_agreement(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def plot_groups(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+def plot_risk(coverage: np.ndarray, risk: np.ndarray, bands: Sequence[tuple[float, float, float]], path: Path) -> Path:
+    """Draw the error among the clips of which the system is surest, against their share of all.
+
+    Args:
+        coverage, risk: (distinct confidences,), as `risk_coverage` gives them.
+        bands: (share, low, high): intervals, NaN where there is none.
+        path: PNG to write.
+    """
+    figure, (axes,) = new_figure(1, width=5.6, height=4.4)
+    whole = risk[-1]
+    axes.axhline(whole, linestyle="--", color=GREY, linewidth=1, label="an order by chance")
+    # The best order has all errors at the end.
+    best = np.clip(1 - (1 - whole) / np.maximum(coverage, 1e-9), 0, None)
+    axes.plot(coverage, best, ":", color=GREY, linewidth=1.2, label="the best order")
+    axes.plot(coverage, risk, color=COLOURS[0], linewidth=1.8, label="the surest first")
+    shares, low, high = np.array(bands, dtype=float).T
+    if np.isfinite(low).any():
+        axes.fill_between(shares, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.set(xlabel="share of the clips answered", ylabel="share of those decided wrongly", xlim=(0, 1))
+    axes.set_ylim(0, 1.1 * max(1e-3, risk.max(), np.nan_to_num(high).max()))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    return save_figure(figure, path)
+
+
+def plot_groups(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, caption: str = "") -> Path:
     """Draw macro-F1 and accuracy of each group of clips, with intervals.
 
     Args:
-        groups: kind (sex, age, duration) -> rows with `group`, `clips`, and `macro_f1` and `accuracy` as (value,
-            interval).
+        groups: kind (sex, age, duration, agreement) -> rows with `group`, `clips`, and `macro_f1` and `accuracy` as
+            (value, interval).
         path: PNG to write.
+        caption: stands below.
     """
     rows = [(kind, row) for kind, members in groups.items() for row in members]
     figure, (axes,) = new_figure(1, width=7.6, height=1.4 + 0.42 * len(rows))
@@ -72,6 +99,30 @@ def plot_groups(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     axes.grid(alpha=0.3, axis="x")
+    axes.set_xlabel(textwrap.fill(caption, 90), fontsize="small", loc="left")
+    return save_figure(figure, path)
+
+
+def plot_matrix(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], chance: float, path: Path
+) -> Path:
+    """Draw the unweighted average recall of every system (row) on every corpus (column).
+
+    Args:
+        values: (rows, columns).
+        rows, columns: names.
+        chance: where the colours begin.
+        path: PNG to write.
+    """
+    figure, (axes,) = new_figure(1, width=3.4 + 1.3 * len(columns), height=1.6 + 0.55 * len(rows))
+    image = axes.imshow(values, vmin=chance, vmax=1, cmap="Blues", aspect="auto")
+    for (row, column), value in np.ndenumerate(np.asarray(values, dtype=float)):
+        colour = "white" if value > (1 + chance) / 2 else "black"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="judged on", ylabel="system")
+    figure.colorbar(image, label=f"unweighted average recall (chance {chance:.2f})")
     return save_figure(figure, path)
 
 
