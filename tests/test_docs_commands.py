@@ -43,6 +43,7 @@ SCRIPTS = {
         "synthetic": json.dumps({"train_clips": 24, "validation_clips": 12, "test_clips_per_class": 1, "speakers": 6}),
     },
     "docs/run_onnx.py": {},
+    "benchmarks/emobox.py": {"recipes": "ravdess_whisper_base", "audio_backbone": "tiny-whisper"},
     "benchmarks/linear.py": {"rounds": "1"},
     "benchmarks/streaming.py": {"seconds": "1"},
     "examples/fine_tune_with_trainer.py": {"epochs": "1"},

@@ -1,0 +1,132 @@
+"""The EmoBox benchmark: its folds on what is at hand, a file of folds, one encoding for all, and its table."""
+
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import soundfile
+
+from sailer.data import CorpusError
+
+from .sounds import RATE, noise
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "emobox.py"
+TINY = {
+    "audio_backbone": "tiny-whisper",
+    "audio_layers": "weighted_norm",
+    "frame_pooling": 64,
+    "hidden_size": 8,
+    "heads": ["primary"],
+    "cache_features": "memory",
+    "max_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "macro_f1",
+    "use_cpu": True,
+}
+
+
+@pytest.fixture
+def emobox(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("emobox", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ravdess(tmp_path: Path) -> Path:
+    """Two clips of each of four emotions by actors 1 and 11, of EmoBox's first fold, and 4, of its second."""
+    folder = tmp_path / "ravdess"
+    for actor in (1, 11, 4):
+        for emotion, statement in itertools.product((1, 2, 3, 5), (1, 2)):
+            path = folder / f"Actor_{actor:02d}" / f"03-01-0{emotion}-01-0{statement}-01-{actor:02d}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, noise(0.4, 100 * actor + 10 * statement + emotion), RATE)
+    return folder
+
+
+@pytest.fixture
+def arguments(emobox: ModuleType, ravdess: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(TINY), encoding="utf-8")
+    monkeypatch.setattr(emobox, "BEST", str(recipe))
+    places = ["--data_dir", str(ravdess), "--output_dir", str(tmp_path / "out"), "--json", str(tmp_path / "out.json")]
+    return [*places, "--recipes", str(recipe), "--audio_backbone", "tiny-whisper"]
+
+
+def test_each_actor_of_ravdess_is_tested_by_one_fold(emobox):
+    assert sorted(actor for fold in emobox.RAVDESS_FOLDS.values() for actor in fold) == list(range(1, 25))
+
+
+def test_absent_actors_are_said_and_every_system_has_a_row(emobox, arguments, tmp_path, capsys):
+    emobox.main(arguments)
+    printed = capsys.readouterr().out
+    assert "Fold 1 lacks the clips of actors [20, 21]: it tests 2." in printed
+    assert "No clips of actors [2, 3, 5, 6" in printed
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert list(results) == ["baseline of seconds", "tiny"]
+    assert all(list(folds) == ["1", "2"] for folds in results.values())
+    figures = [fold[name] for folds in results.values() for fold in folds.values() for name in emobox.METRICS]
+    assert all(0 <= figure <= 1 for figure in figures)
+    assert "| EmoBox: Whisper large-v3 (635 M) | 6 |  | 75.9 | 75.2 |" in printed
+
+    run = json.loads(next((tmp_path / "out" / "runs").glob("*.json")).read_text())
+    assert run["recipe"]["load_best_model_at_end"] is False, "no epoch is chosen on the fold that tests"
+    assert run["recipe"]["labels"] == list(emobox.RAVDESS_LABELS)
+
+
+def test_every_fold_shares_one_encoding_and_a_finished_run_is_read(emobox, arguments, tmp_path, monkeypatch, capsys):
+    emobox.main([*arguments, "--no-baseline"])
+    kept = sorted((tmp_path / "out" / "features").rglob("*"))
+    first = capsys.readouterr().out
+
+    import sailer.training.features as features
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a clip is encoded that was encoded before")
+
+    monkeypatch.setattr(features, "pool_states", refuse)
+    emobox.main([*arguments, "--seeds", "1", "--no-baseline"])
+    assert sorted((tmp_path / "out" / "features").rglob("*")) == kept
+    monkeypatch.setattr(emobox, "fit", None)
+    capsys.readouterr()
+    emobox.main([*arguments, "--no-baseline"])
+    assert capsys.readouterr().out == first
+
+
+def test_a_file_of_folds(emobox, arguments, tmp_path, capsys):
+    names = [f"03-01-0{emotion}-01-0{statement}-01" for emotion in (1, 2, 3, 5) for statement in (1, 2)]
+    ids = {actor: [f"{name}-{actor}" for name in names] for actor in ("01", "11", "04")}
+    folds = tmp_path / "folds.json"
+    folds.write_text(json.dumps({"a": [*ids["01"], "elsewhere"], "b": ids["11"], "c": ids["04"]}))
+    with pytest.raises(CorpusError, match=r"lacks, elsewhere \(the first in fold 'a'\)"):
+        emobox.main([*arguments, "--folds", str(folds)])
+    emobox.main([*arguments, "--recipes", "--folds", str(folds), "--allow_missing"])
+    printed = capsys.readouterr().out
+    assert "left out 1: the folds name it and the corpus lacks it (elsewhere)" in printed
+    assert "| baseline of seconds | 3 |" in printed and "EmoBox" not in printed
+    folds.write_text(json.dumps({"a": ids["01"][:2], "b": [*ids["01"][2:], *ids["04"]]}))
+    with pytest.raises(CorpusError, match="same speakers on both sides, ravdess-01"):
+        emobox.main([*arguments, "--folds", str(folds)])
+
+
+def test_another_corpus_needs_its_folds_and_classes(emobox, arguments):
+    with pytest.raises(SystemExit, match="--labels"):
+        emobox.main([*arguments, "--corpus", "emo_db"])
+    options = emobox.make_parser().parse_args([*arguments, "--corpus", "emo_db", "--labels", "Angry"])
+    with pytest.raises(SystemExit, match="--folds"):
+        emobox.read_fold_rows(options, {"id": [], "speaker": []}, None)
+
+
+def test_the_table_has_means_spreads_and_each_folds_figure(emobox):
+    folds = {
+        "1": {"uar": 0.5, "accuracy": 0.6, "macro_f1": 0.4, "seconds": 1.0},
+        "2": {"uar": 0.7, "accuracy": 0.8, "macro_f1": 0.6, "seconds": 2.0},
+    }
+    row = emobox.table({"mine": folds}, with_published=False).splitlines()[-1]
+    assert row == "| mine | 2 | 60.0 | 70.0 | 50.0 ± 14.1 | 40.0, 60.0 | 3 |"
