@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from sailer.data.augmentation import AugmentationSettings, plan_epoch
@@ -231,26 +231,6 @@ def test_two_processes_of_accelerate_share_an_epoch(rows, workers):
         expected = set(range(epoch * len(dataset), (epoch + 1) * len(dataset)))
         assert set(seen[0]) | set(seen[1]) == expected
         assert len(set(seen[0]) & set(seen[1])) <= 8, "only the duplicates that even out the last batches"
-
-
-def test_resuming_within_an_epoch_goes_on_where_it_stopped(rows):
-    sampler = EpochSampler(len(rows), seed=5)
-    loader = DataLoader(range(10**6), batch_size=4, sampler=sampler, collate_fn=torch.tensor)
-    for processes in (1, 2):
-        sampler.set_epoch(2)
-        whole = [batch.tolist() for batch in prepare(loader, processes)]
-        sampler.set_epoch(0)
-        rest = skip_first_batches(prepare(loader, processes), 3)
-        # The Trainer sets the loader's epoch, which does not reach what accelerate wraps twice; ours the sampler's.
-        rest.set_epoch(2)
-        sampler.set_epoch(2)
-        assert [batch.tolist() for batch in rest] == whole[3:]
-
-
-def prepare(loader, processes):
-    shard = prepare_data_loader(loader, num_processes=processes, process_index=0, put_on_device=False)
-    shard.iteration = 2
-    return shard
 
 
 def test_only_the_plans_in_use_are_kept(rows):

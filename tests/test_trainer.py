@@ -1,5 +1,7 @@
 """SailerTrainer on a tiny system: named losses, accumulation, exact evaluation losses, selection, mixup."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +195,37 @@ def test_log_mel_may_be_made_by_the_trainer(tmp_path, tiny_sailer, rows) -> None
     run.processor = None
     with pytest.raises(ValueError, match="pass the processor as processing_class"):
         run.evaluate()
+
+
+def test_resuming_within_an_epoch_goes_on_where_it_stopped(tmp_path, tiny_sailer, rows) -> None:
+    """With the rows of that epoch's own plan, in its own order, to the same weights."""
+    plan = AugmentationSettings(mixing_probability=0.5)
+
+    def heard(**options) -> tuple[list[list[tuple]], dict[str, torch.Tensor]]:
+        given = {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "eval_strategy": "no",
+            "save_total_limit": None,
+        }
+        run = trainer(
+            tmp_path, tiny_sailer, rows, plan, **(given | {"save_strategy": "steps", "save_steps": 2} | options)
+        )
+        seen, collate = [], run.data_collator
+
+        def spy(items):
+            seen.append([(*(clip["id"] for clip in item["clips"]), item["gap"]) for item in items])
+            return collate(items)
+
+        run.data_collator = spy
+        run.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
+        return seen, {name: value.clone() for name, value in run.model.state_dict().items()}
+
+    whole, weights = heard()
+    assert len(whole) == 8 and set(chain(*whole[:4])) != set(chain(*whole[4:]))
+    rest, resumed = heard(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert rest == whole[6:]
+    assert [name for name, value in weights.items() if not torch.equal(value, resumed[name])] == []
 
 
 def test_training_in_batches_of_like_length(tmp_path, tiny_sailer, rows) -> None:
