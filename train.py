@@ -383,7 +383,7 @@ def cache_features(
     settings: Settings, system: System, datasets: list[PlannedDataset | Dataset], output_dir: Path
 ) -> FeatureStore | None:
     """The frozen towers' hidden states of everything that the run will hear, or None where they are not to be kept."""
-    data = settings.data
+    data, args = settings.data, settings.training
     if data.cache_features == "off":
         return None
     folder = None
@@ -394,18 +394,20 @@ def cache_features(
         system.label_set,
         system.model.config.heads,
         max_seconds=settings.model.max_seconds,
-        log_mel=settings.training.device.type == "cpu",
+        log_mel=args.device.type == "cpu",
     )
     model: torch.nn.Module = system.model  # whose own `to` says nothing of devices
-    model.to(settings.training.device).eval()
+    model.to(args.device).eval()
     return FeatureStore.build(
         system.model,
         collator,
         datasets,
         folder=folder,
         dtype=data.feature_dtype,
-        num_workers=settings.training.dataloader_num_workers or 0,
+        num_workers=args.dataloader_num_workers or 0,
         team=Team.of_this_run(per_machine=folder is None),
+        # As they would be computed in training.
+        precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
     )
 
 

@@ -13,6 +13,7 @@ from transformers import AutoFeatureExtractor, WhisperConfig, WhisperFeatureExtr
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
 from sailer.data.augmentation import AugmentationSettings
 from sailer.data.collator import SailerCollator
+from sailer.data.rendering import rendering_key, transcript_of
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError, LabelSet, build_dataset
 from sailer.training import features as features_module
@@ -169,6 +170,22 @@ def test_half_precision_is_close(system, corpus, dtype):
         distance = torch.cdist(half[name].reshape(5, -1), full[name].reshape(5, -1))
         own = distance.diagonal()
         assert (10 * own < (distance + torch.diag(torch.full((5,), torch.inf))).amin(dim=1)).all(), (name, distance)
+
+
+def test_half_precision_of_the_towers_is_close_and_kept_apart(system, corpus, tmp_path, monkeypatch):
+    model, processor = system
+    exact = FeatureStore.build(model, collator(processor), [corpus[1]], folder=tmp_path)
+    seen = count_calls(monkeypatch, model)
+    half = FeatureStore.build(model, collator(processor), [corpus[1]], folder=tmp_path, precision=torch.bfloat16)
+    assert seen["audio"] == 5
+    items = list(corpus[1])
+    keys, transcripts = [rendering_key(item) for item in items], [transcript_of(item) for item in items]
+    for name, states in exact.inputs(keys, transcripts).items():
+        other = half.inputs(keys, transcripts)[name]
+        if name == "attention_mask":
+            assert torch.equal(states, other)
+        else:
+            assert 1e-5 < (states - other).abs().max() / states.abs().max() < 5e-2
 
 
 def test_only_the_text_tower(tiny_whisper, tiny_text, corpus, system):

@@ -72,6 +72,7 @@ class FeatureStore:
         batch_size: int = 16,
         num_workers: int = 0,
         team: Team | None = None,
+        precision: torch.dtype | None = None,
     ) -> FeatureStore:
         """Run the frozen towers over everything that the datasets will ever yield, the longest first.
 
@@ -89,6 +90,7 @@ class FeatureStore:
             num_workers: processes that decode and mix.
             team: processes that call this together, each with the same arguments: each encodes its share, and all have
                 all of it in the end, once on disk or once in a machine's memory.
+            precision: the towers compute in it by autocast; in float32 by default.
 
         Raises:
             ValueError: no tower is frozen; mixes are new every epoch (see `PlannedDataset.renderings`); an unknown
@@ -108,14 +110,16 @@ class FeatureStore:
         audio: dict[RenderingKey, str] | None = None
         text: dict[str, str] | None = None
         no_transcript = None
+        computed = [] if precision is None else [str(precision)]
+        autocast = torch.autocast(model.device.type, precision, enabled=precision is not None)
         with shelf.filling():
             places, contents, transcripts = _renderings(datasets, collator.max_seconds)
             if config.freeze_audio:
-                mark = _audio_mark(model, collator)
+                mark = _audio_mark(model, collator, *computed)
                 audio = {key: _digest(mark, dtype, content) for key, content in contents.items()}
                 sounds = {name: places[key] for key, name in audio.items()}
             if text_config is not None:
-                mark = _text_mark(model, collator)
+                mark = _text_mark(model, collator, *computed)
                 text = {transcript: _digest(mark, dtype, transcript) for transcript in transcripts}
                 width = (text_config.num_hidden_layers + 1, text_config.hidden_size)
                 no_transcript = torch.zeros(width, dtype=shelf.dtype)
@@ -124,10 +128,10 @@ class FeatureStore:
             _check_room(shelf, model, collator, missing, len(untold))
             if audio is not None:
                 own = _share(sounds, lambda place: -place.seconds, shelf)
-                shelf.add(_audio_batches(model, collator, own, shelf.dtype, batch_size, num_workers))
+                shelf.add(_audio_batches(model, collator, own, shelf.dtype, batch_size, num_workers, autocast))
             if text is not None:
                 words = _share({name: words for words, name in text.items()}, lambda words: -len(words), shelf)
-                shelf.add(_text_batches(model, collator, words, shelf.dtype, batch_size))
+                shelf.add(_text_batches(model, collator, words, shelf.dtype, batch_size, autocast))
         return cls(shelf, audio, text, no_transcript, config.frame_pooling if config.freeze_audio else 1)
 
     def inputs(self, keys: Sequence[RenderingKey], transcripts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -302,6 +306,7 @@ def _audio_batches(
     dtype: torch.dtype,
     batch_size: int,
     num_workers: int,
+    autocast: torch.autocast,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The states of each clip's own frames, or of groups of them and how many the last group holds, by name."""
     if not missing:
@@ -317,7 +322,7 @@ def _audio_batches(
         batch = {name: value.to(model.device) for name, value in batch.items()}
         if "waveforms" in batch:
             batch["input_features"] = collator.processor.log_mel(batch["waveforms"])
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             states, mask = model.sailer.audio_hidden_states(batch[model.main_input_name], batch["attention_mask"])
         chunk = names[number * batch_size : (number + 1) * batch_size]
         kept: dict[str, torch.Tensor] = {}
@@ -338,18 +343,19 @@ def _text_batches(
     missing: dict[str, str],
     dtype: torch.dtype,
     batch_size: int,
+    autocast: torch.autocast,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The states of transcripts by name."""
     names = list(missing)
     for start in tqdm(range(0, len(names), batch_size), desc="Encoding transcripts", unit="batch"):
         chunk = names[start : start + batch_size]
         tokens = collator.processor.tokenize([missing[name] for name in chunk], len(chunk))
-        with torch.no_grad():
+        with torch.no_grad(), autocast:
             states = model.sailer.text_hidden_states(*(tokens[name].to(model.device) for name in TEXT_INPUTS))
         yield {name: state.clone() for name, state in zip(chunk, states.to("cpu", dtype), strict=True)}
 
 
-def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator) -> str:
+def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator, *computed: str) -> str:
     """A digest of all that an audio tower's states depend on, but the audio."""
     config, processor = model.config, collator.processor
     return _digest(
@@ -362,13 +368,15 @@ def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator) -
         processor.feature_extractor.to_dict(),
         processor.audio_padding,
         collator.max_seconds,
+        *computed,
         *_weights(model.sailer.audio_encoder),
     )
 
 
-def _text_mark(model: SailerForAudioClassification, collator: SailerCollator) -> str:
+def _text_mark(model: SailerForAudioClassification, collator: SailerCollator, *computed: str) -> str:
     tokenizer = collator.processor.tokenizer
-    return _digest(_plain(model.config.text_config), tokenizer.get_vocab(), *_weights(model.sailer.text_encoder))
+    config = _plain(model.config.text_config)
+    return _digest(config, tokenizer.get_vocab(), *computed, *_weights(model.sailer.text_encoder))
 
 
 def _plain(config: PretrainedConfig | None) -> dict[str, Any]:

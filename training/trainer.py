@@ -335,8 +335,9 @@ class SailerTrainer(Trainer):
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         rows = next(iter(targets.values()))
         alpha = torch.tensor(self.manifold_mixup, dtype=torch.float32)
-        shares = torch.distributions.Beta(alpha, alpha).sample((len(rows),)).to(rows.device)
-        permutation = torch.randperm(len(rows)).to(rows.device)
+        # Drawn on the host, which does not wait until they are on a GPU.
+        shares = torch.distributions.Beta(alpha, alpha).sample((len(rows),)).to(rows.device, non_blocking=True)
+        permutation = torch.randperm(len(rows)).to(rows.device, non_blocking=True)
         mixed = {}
         for name, target in targets.items():
             other = target[permutation]
