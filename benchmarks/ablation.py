@@ -6,7 +6,9 @@ Every run is a recipe trained by train.py's own functions, on a frozen speech en
 so that it trains heads alone (but for one row that fine-tunes the encoder). Synthetic rows: one corpus with simulated
 votes and one training seed per --seeds; the epoch is chosen on its validation split, the figures are the balanced test
 split's. RAVDESS rows (it has no votes, so nothing that needs them): five folds of four test actors of 1 to 20; two
-others choose the epoch, and 14 train.
+others choose the epoch, and 14 train. Rows of RAVDESS with votes: recordings of 12 actors, as many of each emotion as
+the challenge has in proportion, and votes by simulated annotators (benchmarks/parts/votes.py); six other actors test.
+For each of --vote_seeds other actors, clips, votes and first weights; the rows of a seed share them.
 Finished runs are found again in OUTPUT_DIR/runs.jsonl: a second call goes on where the first stopped, and two at once
 (--corpora synthetic, --corpora ravdess) share the work; each prints what there is so far.
 """
@@ -38,6 +40,8 @@ import psutil
 import torch
 from datasets import DatasetDict
 from datasets.utils.logging import disable_progress_bar
+from parts.votes import draw_actors, with_votes
+from scipy.stats import t
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -119,6 +123,14 @@ GROUPS: dict[str, dict[str, tuple[Row, ...]]] = {
         "weighting": (Row("product (paper)"), Row("none", {"target_weighting": "none"})),
         "layers": LAYERS,
     },
+    "ravdess_votes": {
+        "augmentation (Table 3)": (
+            Row("none", paper=0.401),
+            Row("annotation dropout", DROPOUT, 0.403),
+            Row("audio mixing", MIXING, 0.404),
+            Row("both", BOTH, 0.406),
+        ),
+    },
 }
 BEST = "ravdess_whisper_base_best"
 RECIPES = ("ravdess_whisper_base", BEST)
@@ -130,6 +142,9 @@ FINE_TUNING = {
     "num_train_epochs": 6,
     "per_device_train_batch_size": 16,
 }
+# RAVDESS with votes: the best recipe, whose pooled states are soon trained on, without the label that no clip has.
+VOTING = {"labels": ["Angry", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise", "Other"]}
+VOTES = {"annotators": 5, "fewest": 12}
 # The recipe's own choice of these does not hold in a fold.
 NOT_OF_A_RECIPE = ("corpus", "data_dir", "corpus_options", "audio_backbone", "cache_features", "output_dir", "seed")
 
@@ -174,7 +189,8 @@ def rows_to_run(options: argparse.Namespace) -> dict[str, dict[str, tuple[Row, .
         return groups
     recipes = [Row(Path(name).stem, recipe_options(name)) for name in options.recipes]
     recipes.append(Row("upper half of the encoder fine-tuned", {**recipe_options(BEST), **FINE_TUNING}))
-    return {**groups, "ravdess": {**GROUPS["ravdess"], "recipe": tuple(recipes)}}
+    ravdess = {**GROUPS["ravdess"], "recipe": tuple(recipes)}
+    return {**groups, "ravdess": ravdess, "ravdess_votes": GROUPS["ravdess_votes"]}
 
 
 def recipe_options(name: str) -> dict[str, Any]:
@@ -185,7 +201,8 @@ def recipe_options(name: str) -> dict[str, Any]:
 def runs_of(corpus: str, row: Row, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The recipe of each seed or fold of a row, by a digest of it: equal runs of several rows are one."""
     recipes = []
-    common = {**BASE, "num_train_epochs": options.epochs, **row.changes}
+    base = {**recipe_options(BEST), **VOTING} if corpus == "ravdess_votes" else {}
+    common = {**BASE, "num_train_epochs": options.epochs, **base, **row.changes}
     if options.bf16:
         common |= {"bf16": True, "use_cpu": not torch.cuda.is_available()}  # transformers wants this said
     common["audio_backbone"] = str(options.audio_backbone)
@@ -195,6 +212,10 @@ def runs_of(corpus: str, row: Row, options: argparse.Namespace) -> dict[str, dic
         for seed in options.seeds:
             corpus_options = {**options.synthetic, "seed": seed}
             recipes.append({"corpus": corpus, "corpus_options": corpus_options, "seed": seed, **common})
+    elif corpus == "ravdess_votes":
+        for seed in options.vote_seeds:
+            data = {"corpus": "ravdess", "data_dir": str(options.ravdess), "corpus_options": draw_actors(seed, ACTORS)}
+            recipes.append({**data, "votes": {**VOTES, "seed": seed}, "seed": seed, **common})
     else:
         for fold in options.folds:
             data = {"corpus": corpus, "data_dir": str(options.ravdess), "corpus_options": fold_actors(fold)}
@@ -216,7 +237,7 @@ def run(recipe: Mapping[str, Any], features: Path) -> dict[str, Any]:
     """Train a recipe and test it.
 
     Args:
-        recipe: options as in a recipe's file.
+        recipe: options as in a recipe's file; `votes`, options of `with_votes`, where votes are to be simulated.
         features: folder that all runs keep frozen features in.
 
     Returns:
@@ -225,8 +246,11 @@ def run(recipe: Mapping[str, Any], features: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         paths = {"output_dir": folder, "feature_cache_dir": str(features)}
-        settings = resolve(recipe, paths, origin="ablation")
-        job = prepare(settings, _corpus(settings, settings.data.label_set()))
+        options = {name: value for name, value in recipe.items() if name != "votes"}
+        settings = resolve(options, paths, origin="ablation")
+        label_set = settings.data.label_set()
+        corpus = _corpus(settings, label_set)
+        job = prepare(settings, with_votes(corpus, label_set, **recipe["votes"]) if "votes" in recipe else corpus)
         metrics = fit(job).predict(job.corpus["test"]).metrics
     return {
         "metrics": {name: metrics[f"test_{name}"] for name in METRICS},
@@ -251,8 +275,8 @@ def table(
     records: Mapping[str, Mapping[str, Any]],
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """One dictionary a row: its metrics over the finished runs as (mean, standard deviation), and `gain`: the same of
-    the macro-F1's difference from the group's first row, seed by seed or fold by fold."""
+    """One dictionary a row: its metrics over the finished runs as (mean, standard deviation), `gain`: the same of the
+    macro-F1's difference from the group's first row, seed by seed or fold by fold, and that mean's 95 % `interval`."""
     lines = []
     for corpus, parts in groups.items():
         for part, rows in parts.items():
@@ -265,21 +289,26 @@ def table(
                 pairs = zip(runs, first, strict=True)
                 gains = [run["macro_f1"] - base["macro_f1"] for run, base in pairs if run and base]
                 line["gain"] = None if row is rows[0] else _spread(gains)
+                line["interval"] = None if row is rows[0] else _interval(gains)
                 lines.append(line)
     return lines
 
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The table's rows; a gain is set in bold where it is more than two standard errors from 0."""
-    titles = ["corpus", "rows", "setting", "runs", *METRICS.values(), "macro-F1 to first row", "paper macro-F1"]
+    """The table's rows; a gain is set in bold where its interval leaves 0 out."""
+    titles = ["corpus", "rows", "setting", "runs", *METRICS.values()]
+    titles += ["macro-F1 to first row", "95 % interval", "paper macro-F1"]
     text = ["| " + " | ".join(titles) + " |", "|---|---|---|" + "--:|" * (len(titles) - 3)]
     for line in lines:
         gain = _show(line["gain"], signed=True)
-        if line["gain"] and abs(line["gain"][0]) > 2 * line["gain"][1] / math.sqrt(line["runs"]) > 0:
-            gain = f"**{gain}**"
+        interval = ""
+        if line["interval"]:
+            low, high = line["interval"]
+            interval = f"{low:+.3f} to {high:+.3f}"
+            gain = f"**{gain}**" if low > 0 or high < 0 else gain
         figures = [_show(line[name]) for name in METRICS]
         paper = "" if line["paper_macro_f1"] is None else f"{line['paper_macro_f1']:.3f}"
-        cells = [line["corpus"], line["part"], line["setting"], str(line["runs"]), *figures, gain, paper]
+        cells = [line["corpus"], line["part"], line["setting"], str(line["runs"]), *figures, gain, interval, paper]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
@@ -315,6 +344,15 @@ def _spread(values: Sequence[float]) -> tuple[float, float] | None:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The mean's 95 % interval by Student's t; None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    reach = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return mean - reach, mean + reach
+
+
 def _show(spread: tuple[float, float] | None, signed: bool = False) -> str:
     return "" if spread is None else f"{spread[0]:{'+' if signed else ''}.3f} ± {spread[1]:.3f}"
 
@@ -346,6 +384,7 @@ def make_parser() -> argparse.ArgumentParser:
     parts = list(dict.fromkeys(part.split()[0] for rows in GROUPS.values() for part in (*rows, "recipe")))
     parser.add_argument("--parts", nargs="+", choices=parts, help="groups of rows to run now (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--vote_seeds", nargs="+", type=int, default=[*range(10)], help="of RAVDESS with votes")
     parser.add_argument("--folds", nargs="+", type=int, choices=range(1, FOLDS + 1), default=[1, 2, 3, 4, 5])
     parser.add_argument("--epochs", type=int, default=BASE["num_train_epochs"])
     parser.add_argument("--bf16", action="store_true", help="train the heads in bfloat16: faster on a CPU that has it")

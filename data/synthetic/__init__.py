@@ -1,5 +1,5 @@
 """The synthetic corpus: eSpeak NG voices that sound and speak by emotion, and annotators who disagree."""
 
-from sailer.data.synthetic.corpus import make_corpus
+from sailer.data.synthetic.corpus import make_corpus, simulate_votes
 
-__all__ = ["make_corpus"]
+__all__ = ["make_corpus", "simulate_votes"]

@@ -50,6 +50,11 @@ class _Clip:
     blend: float
     choices: list[str]
 
+    def votes(self, label_set: LabelSet) -> np.ndarray:
+        """(labels,) counts of the choices."""
+        chosen = [label_set.index(choice) for choice in self.choices]
+        return np.bincount(chosen, minlength=len(label_set.labels)).astype(np.float32)
+
 
 def make_corpus(
     label_set: LabelSet,
@@ -107,6 +112,25 @@ def make_corpus(
     return splits
 
 
+def simulate_votes(emotions: Sequence[str], label_set: LabelSet, annotators: int, seed: int) -> np.ndarray:
+    """What the corpus' annotators would say of clips of these emotions: they know the emotion alone, not the sound.
+
+    Args:
+        emotions: one a clip, of `EMOTIONS` and of the label set.
+        label_set: what they choose from.
+        annotators: the fewest votes of a clip; it has up to two more.
+        seed: the same seed gives the same votes.
+
+    Returns:
+        (clips, labels) counts, float32. About a fifth of the clips have no agreement.
+    """
+    clips = (
+        _annotate(emotion, label_set, annotators, np.random.default_rng([seed, index]))
+        for index, emotion in enumerate(emotions)
+    )
+    return np.stack([clip.votes(label_set) for clip in clips])
+
+
 def _check_options(label_set: LabelSet, options: Mapping[str, Any]) -> None:
     lowest = {
         "seed": 0,
@@ -155,35 +179,40 @@ def _draw_clip(
     wanted: str | None, label_set: LabelSet, shares: np.ndarray, annotators: int, rng: np.random.Generator
 ) -> _Clip:
     """A clip whose annotators come to the wanted outcome: drawn anew until they do."""
-    labels = label_set.labels
     target = NO_AGREEMENT if wanted is None else label_set.index(wanted)
     for _ in range(_MOST_DRAWS):
-        emotion = wanted or str(rng.choice(labels, p=shares))
-        mistakes = np.array([EMOTIONS[emotion].mistaken_for.get(label, 0.01) for label in labels])
-        mistakes[labels.index(emotion)] = 0
-        mistakes /= mistakes.sum()
-        second = int(rng.choice(len(labels), p=mistakes))
-        blend = rng.uniform(0, _MOST_BLEND)
-        heard = _MISTAKE * mistakes
-        heard[labels.index(emotion)] += (1 - _MISTAKE) * (1 - blend)
-        heard[second] += (1 - _MISTAKE) * blend
-        choices = rng.choice(len(labels), size=rng.integers(annotators, annotators + 3), p=heard)
-        if consensus(np.bincount(choices, minlength=len(labels))[None])[0] == target:
-            return _Clip(emotion, labels[second], blend, [labels[choice] for choice in choices])
+        emotion = wanted or str(rng.choice(label_set.labels, p=shares))
+        clip = _annotate(emotion, label_set, annotators, rng)
+        if consensus(clip.votes(label_set)[None])[0] == target:
+            return clip
     raise CorpusError(
         f"{annotators} simulated annotators did not come to {wanted or 'no agreement'} in {_MOST_DRAWS} draws; "
         "change their number."
     )
 
 
+def _annotate(emotion: str, label_set: LabelSet, annotators: int, rng: np.random.Generator) -> _Clip:
+    """What annotators make of a clip of an emotion."""
+    labels = label_set.labels
+    mistakes = np.array([EMOTIONS[emotion].mistaken_for.get(label, 0.01) for label in labels])
+    mistakes[labels.index(emotion)] = 0
+    mistakes /= mistakes.sum()
+    second = int(rng.choice(len(labels), p=mistakes))
+    blend = rng.uniform(0, _MOST_BLEND)
+    heard = _MISTAKE * mistakes
+    heard[labels.index(emotion)] += (1 - _MISTAKE) * (1 - blend)
+    heard[second] += (1 - _MISTAKE) * blend
+    choices = rng.choice(len(labels), size=rng.integers(annotators, annotators + 3), p=heard)
+    return _Clip(emotion, labels[second], blend, [labels[choice] for choice in choices])
+
+
 def _annotations(clip: _Clip, label_set: LabelSet, rng: np.random.Generator) -> dict[str, Any]:
     """Votes, secondary votes, mean attributes on [0, 1] and the consensus of a clip's annotators."""
-    votes = np.zeros(len(label_set.labels), dtype=np.float32)
+    votes = clip.votes(label_set)
     secondary = np.zeros(len(SECONDARY_LABELS), dtype=np.float32)
     ratings = []
     heard = _blended(clip, "attributes")
     for choice in clip.choices:
-        votes[label_set.index(choice)] += 1
         also = [name for name in EMOTIONS[choice].also if rng.random() < _ALSO_HEARD]
         for name in {choice, *also}:
             secondary[SECONDARY_LABELS.index(name)] += 1
