@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
 
-.PHONY: demo test slow golden lowest style bench mutants docs docs-serve clean
+.PHONY: demo test slow golden lowest style bench paper-smoke mutants docs docs-serve clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
@@ -37,6 +37,9 @@ style: $(STAMP)  ## check the style, the format and the types
 
 bench: $(STAMP)  ## run the benchmarks; make bench BENCHMARKS=benchmarks/inference.py runs one
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; TOKENIZERS_PARALLELISM=false $(BIN)/python $$script; done
+
+paper-smoke: $(STAMP)  ## run every system of the paper end to end on tiny backbones and synthetic speech, its ensembles and files too
+	TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/paper_smoke.py $(PAPER_SMOKE)
 
 mutants: $(VENV)/installed-mutants  ## change 300 places of the numeric modules, one at a time: how many do the tests notice? (an hour)
 	$(BIN)/python tests/mutants.py $(MUTANTS)

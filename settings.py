@@ -40,10 +40,13 @@ class ModelSettings:
     """The system to build: backbones, pooling and heads.
 
     Args:
-        audio_backbone: Hub id or folder of the speech encoder; "tiny-whisper" and "tiny-wavlm" are made locally, with
-            random weights. Required unless `base_model` is given.
+        audio_backbone: Hub id or folder of the speech encoder; "tiny-whisper", "tiny-wavlm", "tiny-hubert",
+            "tiny-wav2vec2", "tiny-wav2vec2-bert" and "tiny-emotion2vec" are made locally, with random weights.
+            Required unless `base_model` is given.
         text_backbone: Hub id or folder of the text encoder, "tiny-text", or null for a speech-only system.
         base_model: SAILER checkpoint to start from; its architecture then stands in for everything else here.
+        tiny: put the tiny backbone of the same family in the place of each backbone, all else being as it is: a trial
+            of a recipe in minutes, whose figures say nothing.
         audio_layers: "last" hidden state, "weighted" sum of all, or "weighted_norm" (each layer-normalised first).
         hidden_size: filters of the convolutions and width of the heads.
         conv_dropout: dropout between the convolutions.
@@ -57,12 +60,13 @@ class ModelSettings:
         attn_implementation: attention kernel as transformers names them; null lets transformers choose.
 
     Raises:
-        SettingsError: no backbone, or an unknown or repeated head.
+        SettingsError: no backbone, an unknown or repeated head, or `tiny` where there is nothing to put in its place.
     """
 
     audio_backbone: str | None = None
     text_backbone: str | None = None
     base_model: str | None = None
+    tiny: bool = False
     audio_layers: Literal["last", "weighted", "weighted_norm"] = "last"
     hidden_size: int = 256
     conv_dropout: float = 0.1
@@ -83,14 +87,31 @@ class ModelSettings:
         unknown = [head for head in self.heads if head not in HEADS]
         if unknown or not self.heads or len(set(self.heads)) != len(self.heads):
             raise SettingsError(f"heads is {self.heads}; name each wanted head once, of {list(HEADS)}.")
+        if self.tiny:
+            self._take_tiny_backbones()
 
     def config_options(self) -> dict[str, Any]:
         """Options for `from_audio_text_pretrained`, without the backbones."""
-        skipped = {"audio_backbone", "text_backbone", "base_model"}
+        skipped = {"audio_backbone", "text_backbone", "base_model", "tiny"}
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
         if self.attn_implementation is None:
             del options["attn_implementation"]
         return options
+
+    def _take_tiny_backbones(self) -> None:
+        from sailer.training.tiny_backbones import tiny_stand_in
+
+        if self.base_model:
+            raise SettingsError(
+                f"tiny is for backbones, and base_model {self.base_model!r} is a whole system: leave one of them out."
+            )
+        for option in ("audio_backbone", "text_backbone"):
+            backbone = getattr(self, option)
+            if backbone is not None:
+                try:
+                    setattr(self, option, tiny_stand_in(backbone))
+                except ValueError as error:
+                    raise SettingsError(f"tiny, {option}: {error}") from error
 
 
 @dataclass

@@ -7,9 +7,8 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -330,17 +329,14 @@ def load_system(
 
 def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str | Path | None:
     """`name`, or for one of the tiny backbones the folder below `folder` where it is, made there if it is not yet."""
-    makers: dict[str, Callable[[Path], Path]] = {
-        "tiny-whisper": tiny_backbones.make_tiny_whisper,
-        "tiny-wavlm": tiny_backbones.make_tiny_wavlm,
-        "tiny-text": partial(tiny_backbones.make_tiny_text, texts=train_rows["transcript"]),
-    }
-    if name is None or name not in makers:
+    if name is None or name not in tiny_backbones.TINY:
         return name
-    if not (folder / name).is_dir():
-        with replacing_folder(folder / name) as beside:
-            makers[name](beside)
-    return folder / name
+    place = folder / name
+    if not place.is_dir():
+        texts = {"texts": train_rows["transcript"]} if name == "tiny-text" else {}
+        with replacing_folder(place) as beside:
+            tiny_backbones.TINY[name](beside, **texts)
+    return place
 
 
 def fit(job: Job) -> SailerTrainer:

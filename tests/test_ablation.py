@@ -1,4 +1,4 @@
-"""The ablation benchmark: speaker-disjoint folds, equal runs shared, spreads, resuming, and one tiny table."""
+"""The ablation benchmark: speaker-disjoint folds, simulated votes, equal runs shared, intervals, resuming, a table."""
 
 import argparse
 import importlib.util
@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from datasets import DatasetDict
+
+from sailer.data.labels import consensus
+from sailer.data.schema import NO_AGREEMENT, LabelSet, build_dataset
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "ablation.py"
 TINY = {"train_clips": 24, "validation_clips": 12, "test_clips_per_class": 1, "speakers": 6}
@@ -15,6 +20,7 @@ TINY = {"train_clips": 24, "validation_clips": 12, "test_clips_per_class": 1, "s
 
 @pytest.fixture
 def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # where Python looks for its parts when it runs the script
     spec = importlib.util.spec_from_file_location("ablation", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
@@ -46,9 +52,9 @@ def test_every_row_resolves_and_equal_runs_are_one(ablation, options):
         for part, rows in parts.items():
             for row in rows:
                 runs = ablation.runs_of(corpus, row, options)
-                assert len(runs) == {"synthetic": 2, "ravdess": 5}[corpus]
+                assert len(runs) == {"synthetic": 2, "ravdess": 5, "ravdess_votes": 10}[corpus]
                 for recipe in runs.values():
-                    ablation.resolve(recipe)
+                    ablation.resolve({option: value for option, value in recipe.items() if option != "votes"})
                 keys.setdefault(f"{corpus} {part} {row.setting}", set()).update(runs)
     both = keys["synthetic augmentation (Table 3) both"]
     assert keys["synthetic auxiliary targets (Table 4) none"] == both
@@ -76,6 +82,43 @@ def test_without_ravdess_its_rows_are_left_out_and_said_so(ablation, options, ca
     assert "--ravdess" in capsys.readouterr().err
 
 
+def test_a_seed_draws_actors_clips_and_votes_and_its_rows_share_them(ablation, options):
+    rows = ablation.GROUPS["ravdess_votes"]["augmentation (Table 3)"]
+    by_row = [list(ablation.runs_of("ravdess_votes", row, options).values()) for row in rows]
+    for runs in zip(*by_row, strict=True):
+        assert len({json.dumps([run["corpus_options"], run["votes"], run["seed"]]) for run in runs}) == 1
+        actors = runs[0]["corpus_options"]
+        assert [len(actors[name]) for name in ("test_actors", "validation_actors", "train_actors")] == [6, 2, 12]
+        assert sorted(actor for split in actors.values() for actor in split) == list(range(1, 21))
+        assert all(sum(actor % 2 for actor in split) * 2 == len(split) for split in actors.values())
+    assert len({str(run["corpus_options"]) for run in by_row[0]}) == 10
+    assert by_row[0][0]["frame_pooling"] == 64 and "annotation_dropout" not in by_row[0][0]
+
+
+def test_training_clips_are_as_rare_as_in_the_challenge_and_have_votes(ablation):
+    names = ["Angry", "Disgust", "Fear", "Happy", "Neutral", "Other"]
+    label_set = LabelSet(names, ["Angry", "Happy", "Neutral"])
+    labels = np.repeat(np.arange(5), 100)
+    rows = build_dataset(
+        {"id": [str(row) for row in range(500)], "votes": np.eye(6)[labels], "label": labels}, label_set
+    )
+    corpus = DatasetDict({"train": rows, "test": rows})
+    options = {"seed": 3, "annotators": 5, "fewest": 7}
+    found = ablation.with_votes(corpus, label_set, **options)
+    assert found["test"] is rows and found["train"].features == rows.features
+    acted = labels[[int(clip) for clip in found["train"]["id"]]]
+    # Of 100 Neutral clips 29,243 in the challenge; Angry 6,731, Happy 16,717; Disgust and Fear would be 5 and 4.
+    assert np.bincount(acted).tolist() == [23, 7, 7, 57, 100]
+    votes, label = np.array(found["train"]["votes"]), np.array(found["train"]["label"])
+    assert set(votes.sum(axis=1)) == {5, 6, 7}
+    np.testing.assert_array_equal(label, consensus(votes))
+    assert 0.1 < (label == NO_AGREEMENT).mean() < 0.35 and 0.45 < (label == acted).mean() < 0.8
+    again = ablation.with_votes(corpus, label_set, **options)["train"]
+    assert again["votes"] == found["train"]["votes"]
+    other = ablation.with_votes(corpus, label_set, **options | {"seed": 4})["train"]
+    assert other["id"] != found["train"]["id"]
+
+
 def test_means_spreads_and_paired_gains(ablation, options):
     first, second = ablation.Row("first", paper=0.401), ablation.Row("second", {"audio_layers": "weighted"})
     groups = {"synthetic": {"layers": (first, second)}}
@@ -87,17 +130,22 @@ def test_means_spreads_and_paired_gains(ablation, options):
     records = {keys[0][0]: figures(0.2), keys[0][1]: figures(0.4), keys[1][0]: figures(0.3), keys[1][1]: figures(0.52)}
     lines = ablation.table(groups, records, options)
     assert lines[0]["macro_f1"] == pytest.approx((0.3, 0.02**0.5))
-    assert lines[0]["gain"] is None
-    # The differences are 0.1 and 0.12.
+    assert lines[0]["gain"] is None and lines[0]["interval"] is None
+    # The differences are 0.1 and 0.12: standard error 0.01, and with one degree of freedom t is 12.706.
     assert lines[1]["gain"] == pytest.approx((0.11, 0.0002**0.5))
+    assert lines[1]["interval"] == pytest.approx((0.11 - 0.12706, 0.11 + 0.12706), abs=1e-4)
     text = ablation.markdown(lines).splitlines()
     assert len({line.count("|") for line in text}) == 1
-    assert text[2] == ("| synthetic | layers | first | 2 | 0.300 ± 0.141 | 0.500 ± 0.000 | 0.250 ± 0.000 |  | 0.401 |")
-    assert "**+0.110 ± 0.014**" in text[3]
+    assert text[2] == (
+        "| synthetic | layers | first | 2 | 0.300 ± 0.141 | 0.500 ± 0.000 | 0.250 ± 0.000 |  |  | 0.401 |"
+    )
+    assert "| +0.110 ± 0.014 | -0.017 to +0.237 |" in text[3]
+    records[keys[1][1]] = figures(0.51)  # now 0.1 and 0.11: 0.105 and 12.706 times 0.005
+    assert "| **+0.105 ± 0.007** | +0.041 to +0.169 |" in ablation.markdown(ablation.table(groups, records, options))
 
     del records[keys[1][1]]
     one = ablation.table(groups, records, options)[1]
-    assert one["runs"] == 1 and one["gain"] == pytest.approx((0.1, 0.0))
+    assert one["runs"] == 1 and one["gain"] == pytest.approx((0.1, 0.0)) and one["interval"] is None
     assert "**" not in ablation.markdown([one])
     assert ablation.table(groups, {}, options)[1]["macro_f1"] is None
 

@@ -65,6 +65,25 @@ def test_a_row_differs_from_its_neighbour_as_the_paper_says(row: str) -> None:
     assert row.startswith("system") or f"Table {row[5]}" in first
 
 
+SILENT = (
+    *("freeze_text", "annotation_dropout", "per_device_train_batch_size", "train_sampling_strategy", "weight_decay"),
+    *("metric_for_best_model", "seed", "mixing_probability", "secondary_weight", "attribute_weight", "attribute_loss"),
+)
+
+
+@pytest.mark.parametrize("option", SILENT)
+def test_where_the_paper_is_silent_a_recipe_says_so(option: str) -> None:
+    """The line itself, or the comment above it."""
+    told = []
+    for name, path in bundled_recipes().items():
+        lines = path.read_text().splitlines() if name.startswith("paper_") else []
+        for number, line in enumerate(lines):
+            if line.startswith(f"{option}:"):
+                above = [text for text in lines[max(0, number - 2) : number] if text.startswith("#")]
+                told.append("not said" in " ".join([*above, line]))
+    assert any(told)
+
+
 # Weights and biases of what the towers are made of, counted by hand.
 def linear(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs

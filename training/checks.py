@@ -19,6 +19,7 @@ from sailer.data.schema import ATTRIBUTES, SECONDARY_LABELS, CorpusError, LabelS
 from sailer.settings import Settings, SettingsError
 from sailer.training.checkpoints import digest_of_rows
 from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
+from sailer.training.tiny_backbones import TINY
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -38,7 +39,6 @@ LEAST: dict[str, tuple[float, bool]] = {
     "dataloader_num_workers": (0, True),
     "learning_rate": (0, False),
 }
-TINY_BACKBONES = ("tiny-whisper", "tiny-wavlm", "tiny-text")
 
 
 def check_settings(settings: Settings) -> None:
@@ -201,7 +201,7 @@ def _check_max_seconds(settings: Settings) -> None:
     backbone = settings.model.base_model or settings.model.audio_backbone
     assert backbone is not None, "ModelSettings has a backbone where it has no base model"
     positions: int | None = 1500  # of a tiny Whisper
-    if backbone not in TINY_BACKBONES:
+    if backbone not in TINY:
         try:
             config: Any = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
         except (OSError, ValueError):

@@ -1,24 +1,33 @@
-"""Tiny random backbones, written as the Hub's checkpoints are: for the demo, the tests and offline trials."""
+"""Tiny random backbones, written as the Hub's checkpoints are: for the demo, the tests and trials of a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    SeamlessM4TFeatureExtractor,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
     Wav2Vec2FeatureExtractor,
-    WavLMConfig,
-    WavLMModel,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     WhisperModel,
 )
 
+from sailer.encoders_emotion2vec import Emotion2VecConfig, Emotion2VecFeatureExtractor, Emotion2VecModel
+
+# Configurations of backbones that the recipes name, by the last part of their Hub id.
+CONFIGURATIONS = Path(__file__).resolve().parents[1] / "backbone_configs"
 SPECIAL_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 DEFAULT_TEXTS = ("the quick brown fox jumps over the lazy dog", "i am so happy about this", "leave me alone")
 
@@ -60,10 +69,14 @@ def make_tiny_whisper(
     return Path(folder)
 
 
-def make_tiny_wavlm(folder: str | Path, seed: int = 0, norm: str = "layer") -> Path:
-    """WavLM checkpoint with random weights; `norm` is "layer" as in wavlm-large or "group" as in wavlm-base."""
+def make_tiny_wavlm(folder: str | Path, seed: int = 0, norm: str = "layer", family: str = "wavlm") -> Path:
+    """WavLM checkpoint with random weights; `norm` is "layer" as in wavlm-large or "group" as in wavlm-base.
+
+    `family` "hubert" or "wav2vec2" makes one of those, which are of the same form.
+    """
     torch.manual_seed(seed)
-    config = WavLMConfig(
+    config = AutoConfig.for_model(
+        family,
         hidden_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -75,8 +88,40 @@ def make_tiny_wavlm(folder: str | Path, seed: int = 0, norm: str = "layer") -> P
         do_stable_layer_norm=norm == "layer",
         layerdrop=0.0,
     )
-    WavLMModel(config).save_pretrained(folder)
+    AutoModel.from_config(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer", do_normalize=True).save_pretrained(folder)
+    return Path(folder)
+
+
+def make_tiny_wav2vec2_bert(folder: str | Path, seed: int = 0) -> Path:
+    """w2v-BERT 2.0 checkpoint with random weights."""
+    torch.manual_seed(seed)
+    config = Wav2Vec2BertConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, layerdrop=0.0
+    )
+    Wav2Vec2BertModel(config).save_pretrained(folder)
+    SeamlessM4TFeatureExtractor().save_pretrained(folder)
+    return Path(folder)
+
+
+def make_tiny_emotion2vec(folder: str | Path, seed: int = 0) -> Path:
+    """emotion2vec checkpoint, as `sailer convert` writes it, with random weights."""
+    torch.manual_seed(seed)
+    config = Emotion2VecConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        prenet_layers=1,
+        num_attention_heads=4,
+        intermediate_size=96,
+        conv_dim=[32] * 7,
+        conv_pos_groups=4,
+        conv_pos_layers=2,
+        num_extra_tokens=2,
+        layerdrop=0.0,
+        prenet_layerdrop=0.0,
+    )
+    Emotion2VecModel(config).save_pretrained(folder)
+    Emotion2VecFeatureExtractor().save_pretrained(folder)
     return Path(folder)
 
 
@@ -115,3 +160,41 @@ def make_tiny_text(folder: str | Path, texts: Iterable[str] = DEFAULT_TEXTS, see
     )
     RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
     return Path(folder)
+
+
+# The names that settings know them by, and the family (model_type) that each is of.
+TINY: dict[str, Callable[..., Path]] = {
+    "tiny-whisper": make_tiny_whisper,
+    "tiny-wavlm": make_tiny_wavlm,
+    "tiny-hubert": partial(make_tiny_wavlm, family="hubert"),
+    "tiny-wav2vec2": partial(make_tiny_wavlm, family="wav2vec2"),
+    "tiny-wav2vec2-bert": make_tiny_wav2vec2_bert,
+    "tiny-emotion2vec": make_tiny_emotion2vec,
+    "tiny-text": make_tiny_text,
+}
+FAMILIES = {name.removeprefix("tiny-"): name for name in TINY if name != "tiny-text"} | {"roberta": "tiny-text"}
+
+
+def tiny_stand_in(backbone: str) -> str:
+    """Name, in `TINY`, of the tiny backbone of a backbone's family.
+
+    Args:
+        backbone: Hub id or folder, or a tiny one's name already. Nothing is fetched for those that the recipes name.
+
+    Raises:
+        ValueError: its family cannot be told, or has no tiny one; the message names those that have.
+    """
+    if backbone in TINY:
+        return backbone
+    shipped = CONFIGURATIONS / f"{backbone.rsplit('/', 1)[-1]}.json"
+    way_out = f"families with a tiny backbone are {list(FAMILIES)}; or name one yourself, of {list(TINY)}"
+    if shipped.is_file():
+        family = json.loads(shipped.read_text(encoding="utf-8"))["model_type"]
+    else:
+        try:
+            family = AutoConfig.from_pretrained(backbone, trust_remote_code=False).model_type
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The family of backbone {backbone!r} cannot be told: {error} The {way_out}.") from error
+    if family not in FAMILIES:
+        raise ValueError(f"There is no tiny backbone of {backbone!r}, which is a {family!r} model; the {way_out}.")
+    return FAMILIES[family]
