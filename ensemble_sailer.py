@@ -100,8 +100,8 @@ class SailerEnsemble(PreTrainedModel):
             if name not in found or tuple(found[name].shape) != shape:
                 raise ValueError(f"A {config.combine} ensemble of {number} needs the tensor {name} of shape {shape}.")
             self.register_buffer(name, found[name].float())
-        if not (self.weights >= 0).all() or not self.weights.sum() > 0:
-            raise ValueError(f"weights are {self.weights.tolist()}: none may be negative, nor all be 0.")
+        if not ((self.weights >= 0) & self.weights.isfinite()).all() or not self.weights.sum() > 0:
+            raise ValueError(f"weights are {self.weights.tolist()}: numbers from 0, and not all of them 0.")
         self.main_input_name = f"{members[0].main_input_name}_{config.members[0]['audio_input']}"
         self._hearing, self._reading = self._share("audio"), self._share("text")
 

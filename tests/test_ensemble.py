@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from scipy.special import log_softmax
+from transformers import AutoConfig, pipeline
 
 import sailer
 from sailer import SailerEnsemble, SailerForAudioClassification, SailerProcessor, SpeechEmotionPipeline
 from sailer.cli import main
-from sailer.data.schema import PRIMARY_LABELS
+from sailer.data.schema import PRIMARY_LABELS, LabelSet
 from sailer.ensemble_sailer import load_system
 from sailer.hub.publishing import push
 from sailer.processing_sailer import SailerEnsembleProcessor
+from sailer.training.ensembling import build_ensemble, fit_weights
 
 from .conftest import DIFFERENT_TEXTS
 
@@ -221,7 +224,9 @@ def test_it_is_fitted_on_a_validation_split(
     [
         (["--weights", "1"], "1 weights for 2 members"),
         (["--weights", "1,x"], "give a number for each member"),
-        (["--weights", "0,0"], "nor all be 0"),
+        (["--weights", "0,0"], "not all of them 0"),
+        (["--weights", "1,-1"], "numbers from 0"),
+        (["--weights", "1,inf"], "numbers from 0"),
         (["--weights", "fit"], "no member trained on"),
         (["--combine", "stacked"], "no member trained on"),
         (["--heads", "primary,attributes"], "has no attributes head, which the ensemble needs"),
@@ -234,6 +239,97 @@ def test_what_cannot_be_made_is_refused(
 ) -> None:
     assert main(["ensemble", *map(str, systems[1:]), str(tmp_path / "new"), *arguments]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_what_is_not_there_or_is_there_already_is_named(
+    systems: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["ensemble", str(systems[1]), str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
+    assert "nowhere is not in its place" in capsys.readouterr().err
+    assert main(["ensemble", *map(str, systems[1:]), str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="weights is 'best'; give a number for each member, or 'fit'"):
+        build_ensemble(systems[1:], tmp_path / "new", weights="best")
+
+
+def test_a_file_is_decoded_once_for_all_members(
+    systems: list[Path], tiny_wavlm: Path, waves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members that hear log-mels and one that hears waveforms."""
+    from transformers import AutoFeatureExtractor
+
+    SailerForAudioClassification.from_audio_text_pretrained(tiny_wavlm, heads=["primary"]).save_pretrained(tmp_path)
+    SailerProcessor(AutoFeatureExtractor.from_pretrained(tiny_wavlm)).save_pretrained(tmp_path)
+    sources = [*systems[1:], tmp_path]
+    model, processor = SailerEnsemble.from_pretrained(sources), SailerEnsembleProcessor.from_pretrained(sources)
+    classifier = SpeechEmotionPipeline(model=model, processor=processor, device="cpu")
+    opened = []
+    decode = soundfile.SoundFile
+
+    def counting(*arguments, **options):
+        opened.append(arguments)
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(soundfile, "SoundFile", counting)
+    assert set(processor([np.zeros(8000)], sampling_rate=16000)) == {
+        *("input_features_0", "attention_mask_0", "input_values_1", "attention_mask_1")
+    }
+    classifier(str(waves / "0.wav"))
+    assert len(opened) == 1
+
+
+def test_code_that_lies_beside_a_member_is_never_run(
+    systems: list[Path], different_clips: list[np.ndarray], tmp_path: Path
+) -> None:
+    hostile, marker, saved = tmp_path / "hostile", tmp_path / "was_run", tmp_path / "saved"
+    code = f"open({str(marker)!r}, 'w').close()\n"
+
+    def corrupt(folder: Path) -> None:
+        for name in ("configuration_sailer", "modeling_sailer", "processing_sailer", "evil"):
+            (folder / f"{name}.py").write_text(code)
+        for name in ("config.json", "processor_config.json"):
+            settings = json.loads((folder / name).read_text())
+            settings["auto_map"] = dict.fromkeys(settings["auto_map"], "evil.Evil")
+            (folder / name).write_text(json.dumps(settings))
+
+    shutil.copytree(systems[2], hostile)
+    corrupt(hostile)
+    with pytest.raises(AttributeError, match="Evil"):  # loaded by itself, it is run
+        AutoConfig.from_pretrained(hostile, trust_remote_code=True)
+    marker.unlink()
+    sources = [systems[1], hostile]
+    expected = outputs_of(systems[1:], different_clips)["logits"]
+    torch.testing.assert_close(outputs_of(sources, different_clips)["logits"], expected)
+    SailerEnsemble.from_pretrained(sources, trust_remote_code=True).save_pretrained(saved)
+    SailerEnsembleProcessor.from_pretrained(sources, trust_remote_code=True).save_pretrained(saved)
+    corrupt(saved / "member_1")
+    classifier = pipeline(model=str(saved), trust_remote_code=True)
+    scores = {row["label"]: row["score"] for row in classifier(different_clips[0], top_k=9)}
+    assert [scores[name] for name in PRIMARY_LABELS] == pytest.approx(expected[0].softmax(-1).tolist(), abs=1e-5)
+    assert not marker.exists()
+
+
+def test_shares_of_logits_are_the_likeliest() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, size=60)
+    labels[:3] = -1  # no agreement: left out
+    logits = rng.normal(size=(60, 2, 4))
+    logits[np.arange(60), 0, labels] += 1.5
+    logits[np.arange(60), 1, labels] += 0.7
+    label_set = LabelSet(("a", "b", "c", "Other"), ("a",))
+    found = fit_weights(logits, labels, label_set, "logits")
+    chosen = np.flatnonzero(labels >= 0)
+    share = 1 / np.bincount(labels[chosen])[labels[chosen]] / 3  # each class counts the same
+
+    def likelihood(weight: float) -> float:
+        scores = log_softmax(logits[chosen], axis=2)
+        mixed = log_softmax(weight * scores[:, 0] + (1 - weight) * scores[:, 1], axis=1)
+        return float(share @ mixed[np.arange(len(chosen)), labels[chosen]])
+
+    best = max(np.linspace(0, 1, 2001), key=likelihood)
+    assert found == pytest.approx([best, 1 - best], abs=1e-3) and 0.55 < best < 0.99
+    with pytest.raises(ValueError, match="nothing to fit on"):
+        fit_weights(logits, np.full(60, 3), label_set, "logits")
 
 
 def test_members_that_do_not_fit_or_are_gone_are_named(systems: list[Path], tmp_path: Path) -> None:
@@ -286,6 +382,13 @@ def test_members_stay_on_the_hub_where_they_are_kept_as_references(
     assert [member["repo_id"] for member in members] == ["me/one", "me/two"]
     assert all(len(member["revision"]) == 40 for member in members)
     assert not [name for name in os.listdir(saved) if name.startswith("member_")]
-    torch.testing.assert_close(
-        outputs_of(saved, different_clips)["logits"], outputs_of(systems[1:], different_clips)["logits"]
-    )
+    expected = outputs_of(systems[1:], different_clips)["logits"]
+    torch.testing.assert_close(outputs_of(saved, different_clips)["logits"], expected)
+    push(saved, "me/both")
+    assert not [name for name in hub.files["me/both"] if name.startswith("member_")]
+    torch.testing.assert_close(outputs_of("me/both", different_clips)["logits"], expected)
+    settings = json.loads((saved / "config.json").read_text())
+    settings["members"][1]["repo_id"] = "me/gone"
+    (saved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(OSError, match=r"Member 1 \(two\) of .*ensemble is not in its place"):
+        load_system(saved)

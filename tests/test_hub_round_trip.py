@@ -15,6 +15,7 @@ from sailer import SailerEnsemble, SpeechEmotionPipeline
 from sailer.ensemble_sailer import load_system
 from sailer.hub.publishing import push
 from sailer.processing_sailer import SailerEnsembleProcessor
+from sailer.training.ensembling import build_ensemble
 
 # Run with -S and only site-packages on the path: .pth files, and with them an editable install, are not followed.
 STRANGER = """
@@ -49,6 +50,7 @@ for name, arguments in ((system, {}), (system, {"task": "audio-classification"})
 torch.save(outputs, answers)
 print(json.dumps(results, default=lambda array: array.tolist()))
 """
+WEIGHTS = [3.0, *[1.0] * 8]
 CODE = {path.name for path in Path(__file__).resolve().parents[1].glob("*_sailer.py")} | {"encoders_emotion2vec.py"}
 
 
@@ -60,6 +62,21 @@ def tiny_ensemble(tiny_sailer: Path, tiny_speech_sailer: Path, tmp_path: Path) -
     return tmp_path / "ensemble"
 
 
+@pytest.fixture
+def tiny_references(tiny_sailer: Path, tiny_speech_sailer: Path, tmp_path: Path, hub) -> Path:
+    """An ensemble of which the Hub has the members."""
+    for folder, name in ((tiny_sailer, "one"), (tiny_speech_sailer, "two")):
+        model, processor = load_system(folder)
+        model.config.label_weights = WEIGHTS if name == "one" else None
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        (tmp_path / name / "README.md").write_text("A system.")
+        push(tmp_path / name, name)
+    systems = ["me/one", "me/two"]
+    build_ensemble(systems, tmp_path / "references", references=True)
+    return tmp_path / "references"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "texts"),
@@ -67,6 +84,7 @@ def tiny_ensemble(tiny_sailer: Path, tiny_speech_sailer: Path, tmp_path: Path) -
         ("tiny_sailer", ("so happy", "leave me")),
         ("tiny_speech_sailer", ()),
         ("tiny_ensemble", ("so happy", "leave me")),
+        ("tiny_references", ("so happy", "leave me")),
     ],
 )
 def test_without_the_package(
@@ -79,7 +97,7 @@ def test_without_the_package(
 ) -> None:
     folder = request.getfixturevalue(system)
     model, processor = load_system(folder)
-    getattr(model, "members", [model.eval()])[0].config.label_weights = [3.0, *[1.0] * 8]
+    getattr(model, "members", [model.eval()])[0].config.label_weights = WEIGHTS
     saved, clip, answers = tmp_path / "system", tmp_path / "clip.wav", tmp_path / "answers.pt"
     model.save_pretrained(saved)
     processor.save_pretrained(saved)
@@ -123,7 +141,7 @@ def test_without_the_package(
     assert expected[0] != expected[1]["primary"] and expected[1].get("transcript") == (texts[0] if texts else None)
     expected = json.loads(json.dumps(expected, default=np.ndarray.tolist))
     assert json.loads(done.stdout.splitlines()[-1]) == [expected] * 3
-    code = CODE if system == "tiny_ensemble" else CODE - {"ensemble_sailer.py"}
+    code = CODE if system in ("tiny_ensemble", "tiny_references") else CODE - {"ensemble_sailer.py"}
     assert {path.name for path in (tmp_path / "copy").glob("*.py")} == code
     assert {name for name in hub.files["me/it"] if name.endswith(".py")} == code
     assert not list((tmp_path / "copy").glob("*.bin"))

@@ -36,8 +36,13 @@ def test_a_step_that_fails_is_told_with_its_log(tmp_path: Path, monkeypatch: pyt
         raise RuntimeError(words[0])
 
     monkeypatch.setattr(paper_smoke, "sailer", broken)
-    assert paper_smoke.run("row", ["train"], tmp_path).fault.startswith("RuntimeError, see")
-    assert "in broken" in (tmp_path / "row.log").read_text()
+    assert paper_smoke.run("row", ["train"], tmp_path).fault.startswith("exit status 1, see")
+    assert "RuntimeError: train" in (tmp_path / "row.log").read_text()
+    monkeypatch.undo()
+    assert paper_smoke.run("row", ["nothing"], tmp_path).fault.startswith("exit status 2, see")
+    assert "invalid choice: 'nothing'" in (tmp_path / "row.log").read_text()
+    assert paper_smoke.run("row", ["recipes"], tmp_path).fault == ""
+    assert "paper_table3_both" in (tmp_path / "row.log").read_text()
 
 
 def test_the_papers_figure_is_that_of_the_recipe_and_a_bad_submission_is_told(tmp_path: Path) -> None:

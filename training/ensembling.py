@@ -61,6 +61,8 @@ def build_ensemble(
     fits = combine == "stacked" or weights == FIT
     if combine == "stacked" and weights is not None:
         raise ValueError("A stacked ensemble learns its weights: leave weights out.")
+    if isinstance(weights, str) and weights != FIT:
+        raise ValueError(f"weights is {weights!r}; give a number for each member, or {FIT!r}.")
     if fits and corpus is None:
         what = "A stacked ensemble" if combine == "stacked" else "weights fit"
         raise ValueError(f"{what} needs clips that no member trained on: name them with --corpus and --data_dir.")
