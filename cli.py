@@ -124,6 +124,13 @@ def convert(command: argparse.Namespace) -> Path:
     )
 
 
+def merge(command: argparse.Namespace) -> Path:
+    """Merge the adapters of a system with LoRA into its encoders."""
+    return _from("hub.merging", "merge")(
+        command.adapters, command.folder, audio_backbone=command.audio_backbone, text_backbone=command.text_backbone
+    )
+
+
 def export(command: argparse.Namespace) -> Path:
     """Export a system as one ONNX file, which runs without torch."""
     return _from("inference.export", "export")(command.model, command.folder, precision=command.precision)
@@ -291,6 +298,12 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="whether the weights hold their LoRA factors",
     )
+
+    added = add(merge, "merge ADAPTERS FOLDER [--audio_backbone DIR] [--text_backbone DIR]")
+    added.add_argument("adapters", metavar="ADAPTERS", help="folder or Hub id of a system that was saved as adapters")
+    added.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write")
+    added.add_argument("--audio_backbone", metavar="DIR", help="speech encoder, where it is not where it was")
+    added.add_argument("--text_backbone", metavar="DIR", help="text encoder, where it is not where it was")
 
     added = add(export, "export MODEL FOLDER [--format onnx] [--precision float32|int8]")
     added.add_argument("model", metavar="MODEL", help="folder or Hub id of a trained system")

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
+from .adapters_sailer import HUB_OPTIONS, checked_lora, moved_backbones  # noqa: F401 - others take HUB_OPTIONS here
 from .encoders_emotion2vec import Emotion2VecConfig  # noqa: F401 - so that "emotion2vec" is a model type that is known
 from .linear_sailer import ONEDNN_LINEAR
 from .windows_sailer import check_conformal
@@ -44,8 +45,6 @@ REQUIREMENTS = (
     *("torch>=2.6", "transformers>=5.17,<6", "numpy>=2.0", "safetensors>=0.8"),
     *("soundfile>=0.13", "soxr>=0.5"),
 )
-# Of from_pretrained's options, those that say where a checkpoint is.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 # Of a backbone's configuration, where it has them: whole numbers from 1.
 SIZES = (
@@ -88,6 +87,8 @@ class SailerConfig(PretrainedConfig):
         labels (sequence of `str`, *optional*): primary emotions; the nine of MSP-Podcast by default (or `id2label`).
         trainable_audio_layers (`int`, *optional*): where the audio tower is not frozen, train only so many of its
             transformer layers, counted from the output; all else of it stays as it was loaded. `None` trains it all.
+        audio_lora, text_lora (`dict`, *optional*): LoRA in a frozen tower: `rank`, any of `DEFAULTS`.
+        backbones (`dict`, *optional*): of a system that is saved as adapters, `source` of each frozen tower's weights.
         attend_to_padding (`bool`, defaults to `False`): whether the audio encoder sees the padding, as the authors'
             released Whisper models do; pooling never does.
         majority_labels, scored_labels (sequences of `str`, *optional*): subsets of the labels; scored are by default
@@ -130,6 +131,9 @@ class SailerConfig(PretrainedConfig):
         freeze_audio: bool = True,
         freeze_text: bool = True,
         trainable_audio_layers: int | None = None,
+        audio_lora: Mapping[str, Any] | None = None,
+        text_lora: Mapping[str, Any] | None = None,
+        backbones: Mapping[str, Any] | None = None,
         attend_to_padding: bool = False,
         labels: Sequence[str] | None = None,
         majority_labels: Sequence[str] | None = None,
@@ -163,6 +167,7 @@ class SailerConfig(PretrainedConfig):
         self.freeze_audio = freeze_audio
         self.freeze_text = freeze_text
         self.trainable_audio_layers = trainable_audio_layers
+        self.audio_lora, self.text_lora, self.backbones = audio_lora, text_lora, backbones
         self.attend_to_padding = attend_to_padding
         self.secondary_labels = list(secondary_labels)
         self.sex_labels = list(sex_labels)
@@ -207,6 +212,8 @@ class SailerConfig(PretrainedConfig):
         """
         naming = {name: kwargs.pop(name) for name in NAMING_LABELS if kwargs.get(name) is not None}
         config_dict = _relabelled(config_dict, naming) if naming else dict(config_dict)
+        if kwargs.get("backbones"):
+            kwargs["backbones"] = moved_backbones(config_dict.get("backbones"), kwargs["backbones"])
         for option in set(kwargs) & set(inspect.signature(cls.__init__).parameters) - {"kwargs", *cls.sub_configs}:
             config_dict[option] = kwargs.pop(option)  # through the constructor, which checks them
         return super().from_dict(config_dict, **kwargs)
@@ -239,6 +246,8 @@ class SailerConfig(PretrainedConfig):
             raise ValueError(f"heads is empty: a system needs at least one of {list(HEADS)}.")
         self.check_labels(names)
         self._check_trainable_layers()
+        self.audio_lora = checked_lora("audio", self.audio_lora, self.freeze_audio)
+        self.text_lora = checked_lora("text", self.text_lora, self.freeze_text, self.text_config is not None)
 
     def _check_numbers(self) -> None:
         for option in ("hidden_size", "frame_pooling", "sampling_rate"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -15,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, can_return_tuple
 
+from .adapters_sailer import HUB_OPTIONS, digest
 from .configuration_sailer import (
     COMBINE,
     HEADS,
-    HUB_OPTIONS,
     REQUIREMENTS,
     SailerConfig,
     SailerEnsembleConfig,
@@ -346,7 +345,7 @@ class SailerEnsemble(PreTrainedModel):
             by_weights: dict[str, list[int]] = {}
             for index in same:
                 encoder = getattr(self.members[index].sailer, name)
-                digests[index] = digest(encoder) if len(same) > 1 else ""
+                digests[index] = digest(encoder.state_dict()) if len(same) > 1 else ""
                 by_weights.setdefault(digests[index], []).append(index)
             found += by_weights.values()
         for group in found:
@@ -406,16 +405,6 @@ def ensemble_config(
     )
 
 
-def digest(module: nn.Module) -> str:
-    """SHA-256 over the names, types, shapes and bytes of a module's tensors."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found.update(raw.numpy().data)
-    return found.hexdigest()
-
-
 def _common_heads(
     configs: Sequence[SailerConfig], entries: Sequence[Mapping[str, Any]], heads: str | Sequence[str]
 ) -> list[str]:
@@ -450,4 +439,4 @@ def _take(inputs: Mapping[str, torch.Tensor | None], name: str, number: int) -> 
 
 SailerEnsemble.register_for_auto_class("AutoModelForAudioClassification")
 
-__all__ = ["SailerEnsemble", "digest", "ensemble_config", "load_system"]
+__all__ = ["SailerEnsemble", "ensemble_config", "load_system"]

@@ -275,6 +275,21 @@ class SailerEnsembleOutput(SailerClassifierOutput):
     member_age: torch.Tensor | None = None
 
 
+def label_probabilities(config: Any, logits: torch.Tensor, prior: str) -> torch.Tensor:
+    """`SailerForAudioClassification.probabilities` of a system with this configuration."""
+    if prior == "balanced":
+        return logits.float().softmax(-1)
+    if prior != "natural":
+        raise ValueError(f"prior is {prior!r}; choose 'balanced' or 'natural'.")
+    if config.label_weights is None and config.target_weighting != "none":
+        raise ValueError("prior='natural' needs the training weights, which this system's configuration lacks.")
+    logits = logits.float()
+    if config.label_weights is not None:
+        weights = torch.tensor(config.label_weights, device=logits.device)
+        logits = torch.where(weights > 0, logits - weights.clamp(min=1e-12).log(), -torch.inf)
+    return (logits / config.calibration_temperature).softmax(-1)
+
+
 def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean over the known clips of the KL divergence from distributions (batch, labels), or of the cross-entropy of
     class ids (batch,)."""
@@ -314,6 +329,7 @@ __all__ = [
     "alibi_bias",
     "alibi_slopes",
     "drop_path",
+    "label_probabilities",
     "masked_mean",
     "one_below_the_other",
     "plain_loss",

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
-from .configuration_sailer import ATTRIBUTES, HUB_OPTIONS, REQUIREMENTS, SailerConfig, take_push_options
+from .adapters_sailer import HUB_OPTIONS, PEFT, LoraTowers, add_lora, lora_of, lora_parts, place_of_backbone, trains
+from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig, take_push_options
 from .encoders_sailer import (
     all_hidden_states,
     build_encoder,
@@ -31,6 +32,7 @@ from .layers_sailer import (
     PredictionHead,
     SailerClassifierOutput,
     SailerModelOutput,
+    label_probabilities,
     masked_mean,
     plain_loss,
     pool_frames,
@@ -45,8 +47,8 @@ AUXILIARY_LABELS = ("secondary_labels", "attribute_labels", "sex_labels", "age_l
 CENTURY = 100.0  # the age head's sigmoid spans 0 to 100 years
 
 
-class SailerPreTrainedModel(PreTrainedModel):
-    """What both models share: how they are loaded (from safetensors alone), saved and frozen."""
+class SailerPreTrainedModel(LoraTowers, PreTrainedModel):
+    """What both models share: how they are loaded (from safetensors alone), saved and frozen, and LoRA."""
 
     config: SailerConfig
     config_class = SailerConfig
@@ -71,10 +73,12 @@ class SailerPreTrainedModel(PreTrainedModel):
         """As transformers', from safetensors only: a pickle can run code when it is loaded, and is refused.
 
         Heads that the checkpoint's own configuration does not have (`heads=[...]`) start afresh, which a warning says.
+        A system that was saved as adapters gets its frozen towers from where they were (`backbones`), and needs peft.
 
         Raises:
             OSError: there is no model.safetensors.
-            ValueError: it is truncated or damaged, or lacks tensors (unless `output_loading_info` lists them).
+            ValueError: it is truncated or damaged, or lacks tensors (unless `output_loading_info` lists them); or a
+                backbone of adapters cannot be loaded, or is another.
         """
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         source = pretrained_model_name_or_path
@@ -123,11 +127,16 @@ class SailerPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers', with a requirements.txt of what loading takes. The weights get the permissions of the
-        configuration beside them (safetensors writes files that nobody else can read)."""
+        configuration beside them (safetensors writes files that nobody else can read).
+
+        A system with LoRA is saved as adapters: what is trained, and where the frozen encoders are. `merge_lora` first
+        saves all of it."""
         push = take_push_options(save_directory, kwargs) if kwargs.pop("push_to_hub", False) else None
         super().save_pretrained(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, "requirements.txt"), "w", encoding="utf-8") as file:
-            file.writelines(f"{requirement}\n" for requirement in REQUIREMENTS)
+            file.writelines(
+                f"{requirement}\n" for requirement in (*REQUIREMENTS, *[PEFT] * bool(lora_of(self.config)))
+            )
         usual = os.path.join(save_directory, "config.json")
         for name in os.listdir(save_directory):
             if name.endswith(".safetensors") and os.path.isfile(usual):
@@ -181,6 +190,8 @@ class SailerModel(SailerPreTrainedModel):
         if config.text_config is not None:
             self.text_encoder = text_encoder or build_encoder(config.text_config)
             self.text_layer_weights = LayerWeights(config.text_config.num_hidden_layers + 1)
+        for tower, lora in lora_of(config).items():
+            add_lora(getattr(self, f"{tower}_encoder"), tower, lora)
         self.freeze_towers()
         self.post_init()
 
@@ -287,7 +298,7 @@ class SailerModel(SailerPreTrainedModel):
             frames) of each clip's own frames.
         """
         with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_audio),
+            torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.config, "audio")),
             onednn_linear(self.config.onednn_linear, self.audio_encoder),
         ):
             return encode_audio(
@@ -306,7 +317,7 @@ class SailerModel(SailerPreTrainedModel):
         is_empty = text_attention_mask.sum(1, keepdim=True) == 0
         visible = text_attention_mask.masked_fill(is_empty, 1)  # attention over nothing would be NaN
         with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text),
+            torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.config, "text")),
             onednn_linear(self.config.onednn_linear, self.text_encoder),
         ):
             outputs = self.text_encoder(input_ids=input_ids, attention_mask=visible, output_hidden_states=True)
@@ -318,12 +329,12 @@ class SailerModel(SailerPreTrainedModel):
         config = self.config
         frozen: list[tuple[nn.Module, list[nn.Module]]] = []
         if config.freeze_audio:
-            frozen.append((self.audio_encoder, []))
+            frozen.append((self.audio_encoder, lora_parts(self.audio_encoder)))
         elif config.trainable_audio_layers is not None:
             layers = list(transformer_layers(self.audio_encoder))
             frozen.append((self.audio_encoder, layers[-config.trainable_audio_layers :]))
         if config.freeze_text and self.text_encoder is not None:
-            frozen.append((self.text_encoder, []))
+            frozen.append((self.text_encoder, lora_parts(self.text_encoder)))
         return frozen
 
 
@@ -446,17 +457,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         Raises:
             ValueError: another prior, or "natural" for a system whose weights are not known.
         """
-        if prior == "balanced":
-            return logits.float().softmax(-1)
-        if prior != "natural":
-            raise ValueError(f"prior is {prior!r}; choose 'balanced' or 'natural'.")
-        if self.config.label_weights is None and self.config.target_weighting != "none":
-            raise ValueError("prior='natural' needs the training weights, which this system's configuration lacks.")
-        logits = logits.float()
-        if self.config.label_weights is not None:
-            weights = torch.tensor(self.config.label_weights, device=logits.device)
-            logits = torch.where(weights > 0, logits - weights.clamp(min=1e-12).log(), -torch.inf)
-        return (logits / self.config.calibration_temperature).softmax(-1)
+        return label_probabilities(self.config, logits, prior)
 
     @classmethod
     def from_audio_text_pretrained(
@@ -485,6 +486,9 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             text_config=None if text_encoder is None else text_encoder.config,
             **config_kwargs,
         )
+        if lora_of(config):
+            places = {"audio": audio} | ({} if text is None else {"text": text})
+            config.backbones = {tower: place_of_backbone(place) for tower, place in places.items()}
         return cls(config, audio_encoder, text_encoder)
 
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parent / "recipes"
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
+LORA_OPTIONS = (
+    *(f"{tower}_lora_{name}" for tower in ("audio", "text") for name in ("rank", "targets", "layers")),
+    *("lora_alpha", "lora_dropout", "use_dora", "use_rslora", "save_merged"),
+)
 # Training arguments that no file may hold: a resolved recipe is saved, shown and pushed.
 SECRETS = ("hub_token",)
 
@@ -56,6 +60,15 @@ class ModelSettings:
         freeze_audio, freeze_text: leave that tower as it was loaded.
         trainable_audio_layers: of a speech encoder that is not frozen, train only so many layers, counted from its
             output; null trains all of it.
+        audio_lora_rank, text_lora_rank: train LoRA of this rank in that tower, which stays frozen; null for none.
+        audio_lora_targets, text_lora_targets: what gets LoRA: "feed_forward" (the default), "attention", or how the
+            names of linear layers end.
+        audio_lora_layers, text_lora_layers: in so many layers only, counted from the output; null for all.
+        lora_alpha: LoRA counts lora_alpha / rank times; null for the rank itself.
+        lora_dropout: dropout before LoRA's first matrix.
+        use_dora: train the length of each column apart from its direction (https://arxiv.org/abs/2402.09353).
+        use_rslora: divide by the root of the rank instead, for high ranks (https://arxiv.org/abs/2312.03732).
+        save_merged: save a system with LoRA whole, and its adapters in a folder in it; false saves adapters alone.
         max_seconds: longest audio that is heard; the rest is cut in training.
         attn_implementation: attention kernel as transformers names them; null lets transformers choose.
 
@@ -76,6 +89,17 @@ class ModelSettings:
     freeze_audio: bool = True
     freeze_text: bool = True
     trainable_audio_layers: int | None = None
+    audio_lora_rank: int | None = None
+    text_lora_rank: int | None = None
+    audio_lora_targets: list[str] | None = None
+    text_lora_targets: list[str] | None = None
+    audio_lora_layers: int | None = None
+    text_lora_layers: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    use_dora: bool = False
+    use_rslora: bool = False
+    save_merged: bool = True
     max_seconds: float = 15.0
     attn_implementation: str | None = None
 
@@ -92,8 +116,9 @@ class ModelSettings:
 
     def config_options(self) -> dict[str, Any]:
         """Options for `from_audio_text_pretrained`, without the backbones."""
-        skipped = {"audio_backbone", "text_backbone", "base_model", "tiny"}
+        skipped = {"audio_backbone", "text_backbone", "base_model", "tiny", *LORA_OPTIONS}
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
+        options |= {f"{tower}_lora": lora for tower, lora in self.lora().items()}
         if self.attn_implementation is None:
             del options["attn_implementation"]
         return options
@@ -112,6 +137,19 @@ class ModelSettings:
                     setattr(self, option, tiny_stand_in(backbone))
                 except ValueError as error:
                     raise SettingsError(f"tiny, {option}: {error}") from error
+
+    def lora(self) -> dict[str, dict[str, Any]]:
+        """LoRA of each tower ("audio", "text") that gets some, as `SailerConfig` takes it."""
+        common = {"alpha": self.lora_alpha, "dropout": self.lora_dropout}
+        common |= {"use_dora": self.use_dora, "use_rslora": self.use_rslora}
+        found = {}
+        for tower in ("audio", "text"):
+            own = {name: getattr(self, f"{tower}_lora_{name}") for name in ("rank", "targets", "layers")}
+            if own["targets"] is None:
+                del own["targets"]
+            if own["rank"] is not None:
+                found[tower] = own | common
+        return found
 
 
 @dataclass

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
 
 from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer
+from sailer.adapters_sailer import lora_of
 from sailer.data import CorpusError, LabelSet, load_corpus
 from sailer.data.atomic import adding_to_folder, replacing_folder
 from sailer.data.collator import SailerCollator
-from sailer.data.labels import distribution
+from sailer.data.labels import distribution, shuffle_labels
 from sailer.data.preview import preview
 from sailer.data.sampler import PlannedDataset
 from sailer.data.sharing import read_once
@@ -52,6 +53,7 @@ from sailer.training.watch import Watch
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+ADAPTERS = "adapters"
 
 
 @dataclass
@@ -227,6 +229,10 @@ def save(job: Job, trainer: SailerTrainer, evaluation: Evaluation) -> Path:
     if not trainer.is_world_process_zero():
         return output_dir
     with adding_to_folder(output_dir) as folder:
+        if job.settings.model.save_merged and lora_of(job.system.model.config):
+            job.system.model.save_pretrained(folder / ADAPTERS)
+            job.system.processor.save_pretrained(folder / ADAPTERS)
+            job.system.model.merge_lora()
         job.system.model.save_pretrained(folder)
         job.system.processor.save_pretrained(folder)
         write_json(metrics, folder / "metrics.json")
@@ -279,6 +285,8 @@ def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset, w
         ValueError: a backbone or base model cannot be loaded, or has other labels than the corpus (names both).
     """
     folder = Path(settings.training.output_dir) / "backbones"
+    if settings.model.lora():  # adapters are loaded over it: it stays
+        folder = folder.parents[1] / "backbones"
     names = (settings.model.audio_backbone, settings.model.text_backbone)
     if settings.training.process_index == 0:
         backbones = [local_backbone(name, folder, train_rows) for name in names]
@@ -313,6 +321,8 @@ def load_system(
                 f"Base model {model_settings.base_model} has the labels {model.config.labels} and the recipe "
                 f"{list(label_set.labels)}: name the same labels in the same order."
             )
+        if lora := model_settings.lora():
+            model.add_lora(**lora, source=model_settings.base_model)
         return model, SailerProcessor.from_pretrained(model_settings.base_model)
     assert audio is not None, "ModelSettings has a backbone where it has no base model"
     model = SailerForAudioClassification.from_audio_text_pretrained(
@@ -405,15 +415,6 @@ def cache_features(
         # As they would be computed in training.
         precision=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
     )
-
-
-def shuffle_labels(rows: Dataset, seed: int) -> Dataset:
-    """The rows with everything that was annotated moved to other rows at random: audio and labels no longer match."""
-    order = np.random.default_rng(seed).permutation(len(rows))
-    annotated = ["votes", "secondary_votes", "attributes", "label"]
-    labels = rows.select_columns(annotated).select(order).flatten_indices()
-
-    return concatenate_datasets([rows.remove_columns(annotated), labels], axis=1)
 
 
 def try_out(folder: Path, rows: Dataset, clips: int = 3) -> None:

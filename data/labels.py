@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sailer.data.schema import NO_AGREEMENT, PRIMARY_LABELS, SECONDARY_LABELS, UNLABELLED, CorpusError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _MISSPELT = {"dissapointed": "disappointed"}
 _FREE_TEXT = "other"
@@ -18,6 +22,16 @@ def distribution(votes: np.ndarray) -> np.ndarray:
     votes = np.asarray(votes, dtype=np.float64)
     total = votes.sum(axis=-1, keepdims=True)
     return np.divide(votes, total, out=np.full_like(votes, np.nan), where=total > 0)
+
+
+def shuffle_labels(rows: Dataset, seed: int) -> Dataset:
+    """The rows with everything that was annotated moved to other rows at random: audio and labels no longer match."""
+    from datasets import concatenate_datasets
+
+    order = np.random.default_rng(seed).permutation(len(rows))
+    annotated = ["votes", "secondary_votes", "attributes", "label"]
+    labels = rows.select_columns(annotated).select(order).flatten_indices()
+    return concatenate_datasets([rows.remove_columns(annotated), labels], axis=1)
 
 
 def consensus(votes: np.ndarray) -> np.ndarray:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import logging
 import lzma
+import os
 import pickletools
 import shlex
 import tarfile
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 # What stays here: the Trainer's own state, which is for resuming and holds pickles, and what was derived from clips.
 KEPT_BACK = (
     *("checkpoint-*", "checkpoints", "training_args.bin", "optimizer.*", "scheduler.pt", "scaler.pt"),
-    *("rng_state*.pth", "features", "preview", ".*", "__pycache__"),
+    *("rng_state*.pth", "features", "preview", "backbones", ".*", "__pycache__"),
 )
 # In a report that holds recordings (`sailer evaluate --embed_audio`): corpora are licensed.
 AUDIO_IN_HTML = b'src="data:audio/'
@@ -94,6 +96,11 @@ def check_system(folder: Path) -> list[Path]:
             f"{', '.join(pickles)}: not pushed, because loading a pickle can run any code. Save as safetensors "
             "(model.save_pretrained does) and remove these files."
         )
+    if path := _local_backbone(folder):
+        raise PushError(
+            f"{folder} holds adapters of {path}, which nobody else has: push the whole system (sailer merge {folder} "
+            "WHOLE), or train on a backbone of the Hub."
+        )
     with_audio = [str(path) for path in files if path.suffix == ".html" and AUDIO_IN_HTML in path.read_bytes()]
     if with_audio:
         raise PushError(
@@ -153,10 +160,21 @@ def _is_pickled(head: bytes) -> bool:
     return not content.read().strip() and len(head) > 2
 
 
+def _local_backbone(folder: Path) -> str | None:
+    """Path of an encoder on this machine that a system's adapters are of, if they are."""
+    try:
+        backbones = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("backbones") or {}
+    except (OSError, ValueError):
+        return None  # what is missing is told where that is looked at
+    return next((entry["source"] for entry in backbones.values() if os.path.isabs(entry["source"])), None)
+
+
 def _files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if any(fnmatch(path.name, pattern) for pattern in KEPT_BACK):
             logger.info("%s is not uploaded.", path)
+        elif path.is_dir() and _local_backbone(path):
+            logger.info("%s is not uploaded: its adapters are of an encoder on this machine.", path)
         elif path.is_dir():
             yield from _files(path)
         else:

@@ -116,6 +116,8 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ExportError(f"{folder} holds something else than an export: name a new or empty folder.")
     system = system_class(model).from_pretrained(str(model), dtype=torch.float32).eval()
+    if isinstance(system, SailerForAudioClassification):
+        system.merge_lora()
     processor = SailerProcessor.from_pretrained(str(model))
     started = time.perf_counter()
     example = _example(processor, (1.0, 0.7))

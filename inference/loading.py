@@ -31,7 +31,7 @@ PRECISIONS = {"torch": TORCH_PRECISIONS, "onnx": onnx.PRECISIONS, "openvino": op
 BACKENDS = tuple(PRECISIONS)
 # What a system is made of: a change of any of these is another system.
 SOURCES = (
-    *("*.safetensors", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model"),
+    *("*.safetensors", "*_adapter/*.safetensors", "*config.json", "tokenizer*", "vocab*", "merges.txt", "*.model"),
     *("special_tokens_map.json", "added_tokens.json"),
 )
 DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")

@@ -31,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     stand_in("training.evaluation", Path("figures"), "evaluate_models")
     stand_in("inference.predict", 3, "main")
     stand_in("hub.conversion", Path("converted"), "convert")
+    stand_in("hub.merging", Path("merged"), "merge")
     stand_in("hub.publishing", "https://huggingface.co/me/it", "push")
     return noted
 
@@ -102,11 +103,16 @@ def test_predict_gives_its_own_exit_status(calls: list) -> None:
 def test_convert_and_push(calls: list, capsys: pytest.CaptureFixture) -> None:
     assert main(["convert", "me/theirs", "mine", "--audio_backbone", "b"]) == 0
     assert main(["push", "mine", "me/it", "--private"]) == 0
+    assert main(["merge", "adapters", "whole", "--audio_backbone", "b"]) == 0
+    merged = {"adapters": "adapters", "folder": Path("whole"), "audio_backbone": "b", "text_backbone": None}
+    assert calls.pop() == ("merge", merged)
     assert calls == [
         ("convert", {"source": "me/theirs", "destination": Path("mine"), "audio_backbone": "b", "lora": "auto"}),
         ("push", {"folder": Path("mine"), "repo_id": "me/it", "private": True}),
     ]
-    assert capsys.readouterr().out.splitlines() == ["Result: converted", "Result: https://huggingface.co/me/it"]
+    assert capsys.readouterr().out.splitlines() == [
+        *("Result: converted", "Result: https://huggingface.co/me/it", "Result: merged"),
+    ]
 
 
 def test_data_describes_a_corpus_and_saves_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every .py file in the root enters the wheel: a new one is a module of the package and listed here, or out of place.
 ROOT_MODULES = {
     "__init__",
+    "adapters_sailer",
     "audio_sailer",
     "cli",
     "configuration_sailer",

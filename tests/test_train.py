@@ -13,8 +13,9 @@ import pytest
 from sailer import SailerForAudioClassification, SailerProcessor
 from sailer.cli import main
 from sailer.data import load_corpus
+from sailer.data.labels import shuffle_labels
 from sailer.settings import load_recipe, resolve
-from sailer.train import build_system, fit, prepare, run, shuffle_labels, try_out
+from sailer.train import build_system, fit, prepare, run, try_out
 from sailer.training.evaluation import evaluate_models
 
 pytest.importorskip("espeakng_loader", reason="the synthetic corpus needs espeakng-loader (the demo extra)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import math
 import socket
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers import AutoConfig
 
+from sailer.adapters_sailer import checked_lora
 from sailer.configuration_sailer import SEX_LABELS
 from sailer.data.labels import distribution
 from sailer.data.schema import ATTRIBUTES, SECONDARY_LABELS, CorpusError, LabelSet
-from sailer.settings import Settings, SettingsError
+from sailer.settings import LORA_OPTIONS, ModelSettings, Settings, SettingsError
 from sailer.training.checkpoints import digest_of_rows
 from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
 from sailer.training.tiny_backbones import TINY
@@ -59,7 +61,8 @@ def check_settings(settings: Settings) -> None:
             f"trainable_audio_layers is {model.trainable_audio_layers} but freeze_audio is true: set it to false, or "
             "leave trainable_audio_layers out."
         )
-    frozen = model.freeze_audio and (model.freeze_text or not model.text_backbone)
+    _check_lora(settings)
+    frozen = model.freeze_audio and (model.freeze_text or not model.text_backbone) and not model.lora()
     if training.backbone_learning_rate is not None and frozen and not model.base_model:
         raise SettingsError(
             "backbone_learning_rate is set but every backbone is frozen: set freeze_audio (or freeze_text) to false, "
@@ -143,6 +146,36 @@ def _check_numbers(settings: Settings) -> None:
         raise SettingsError(
             f"num_train_epochs is {training.num_train_epochs!r}: it must be more than 0. (To use a system as it is, "
             "evaluate it: sailer evaluate MODEL.)"
+        )
+
+
+def _check_lora(settings: Settings) -> None:
+    model, lora = settings.model, settings.model.lora()
+    default = ModelSettings(audio_backbone="any")
+    for name in LORA_OPTIONS:
+        needed = f"{name.split('_')[0]}_lora_rank" if name.startswith(("audio_", "text_")) else "audio_lora_rank"
+        is_alone = getattr(model, needed) is None if name.startswith(("audio_", "text_")) else not lora
+        if is_alone and getattr(model, name) != getattr(default, name):
+            raise SettingsError(f"{name} is {getattr(model, name)!r}, which does nothing without LoRA: set {needed}.")
+    if not lora:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise SettingsError("LoRA needs peft, which is not installed: pip install 'sailer[lora]'.")
+    has_text = bool(model.text_backbone or model.base_model)
+    for tower, options in lora.items():
+        try:
+            checked_lora(tower, options, getattr(model, f"freeze_{tower}"), tower == "audio" or has_text)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+    if settings.data.cache_features != "off" and "audio" in lora:
+        raise SettingsError(
+            f"cache_features is {settings.data.cache_features!r} but audio_lora_rank is {model.audio_lora_rank}: only "
+            "a frozen encoder's states can be kept, and LoRA trains in it. Set cache_features to off."
+        )
+    if settings.training.gradient_checkpointing and (model.freeze_text or not has_text):
+        raise SettingsError(
+            "gradient_checkpointing does nothing for a frozen encoder, nor for LoRA in it: leave it out (bf16 and "
+            "audio_lora_layers save memory)."
         )
 
 

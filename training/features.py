@@ -18,6 +18,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
+from sailer.adapters_sailer import trains
 from sailer.data.collator import TEXT_INPUTS, SailerCollator
 from sailer.data.rendering import Item, RenderingKey, rendering_key, transcript_of
 from sailer.data.sampler import PlannedDataset
@@ -100,8 +101,8 @@ class FeatureStore:
             TeamError: another process of the team failed or died.
         """
         config = model.config
-        text_config = config.text_config if config.freeze_text else None
-        if not (config.freeze_audio or text_config):
+        text_config = None if trains(config, "text") else config.text_config
+        if trains(config, "audio") and not text_config:
             raise ValueError("No tower is frozen, so no features can be kept: set cache_features to off.")
         if dtype not in DTYPES:
             raise ValueError(f"feature_dtype is {dtype!r}; choose one of {list(DTYPES)}.")
@@ -114,7 +115,7 @@ class FeatureStore:
         autocast = torch.autocast(model.device.type, precision, enabled=precision is not None)
         with shelf.filling():
             places, contents, transcripts = _renderings(datasets, collator.max_seconds)
-            if config.freeze_audio:
+            if not trains(config, "audio"):
                 mark = _audio_mark(model, collator, *computed)
                 audio = {key: _digest(mark, dtype, content) for key, content in contents.items()}
                 sounds = {name: places[key] for key, name in audio.items()}
@@ -132,7 +133,7 @@ class FeatureStore:
             if text is not None:
                 words = _share({name: words for words, name in text.items()}, lambda words: -len(words), shelf)
                 shelf.add(_text_batches(model, collator, words, shelf.dtype, batch_size, autocast))
-        return cls(shelf, audio, text, no_transcript, config.frame_pooling if config.freeze_audio else 1)
+        return cls(shelf, audio, text, no_transcript, 1 if trains(config, "audio") else config.frame_pooling)
 
     def inputs(self, keys: Sequence[RenderingKey], transcripts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The model's inputs for a batch, of those towers that are kept.

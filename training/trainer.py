@@ -147,8 +147,8 @@ class SailerTrainer(Trainer):
         }
         if not towers:
             raise ValueError(
-                "backbone_learning_rate is set but no tower trains: set freeze_audio or freeze_text to false, or "
-                "leave it out."
+                "backbone_learning_rate is set but no tower trains: set freeze_audio or freeze_text to false or train "
+                "LoRA in one (audio_lora_rank), or leave it out."
             )
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if parameter in towers]
