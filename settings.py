@@ -48,6 +48,8 @@ class ModelSettings:
             "tiny-wav2vec2", "tiny-wav2vec2-bert" and "tiny-emotion2vec" are made locally, with random weights.
             Required unless `base_model` is given.
         text_backbone: Hub id or folder of the text encoder, "tiny-text", or null for a speech-only system.
+        audio_backbone_id, text_backbone_id: the Hub id of what a backbone's folder is a copy of, for the model card:
+            its license and pre-training follow from it.
         base_model: SAILER checkpoint to start from; its architecture then stands in for everything else here.
         tiny: put the tiny backbone of the same family in the place of each backbone, all else being as it is: a trial
             of a recipe in minutes, whose figures say nothing.
@@ -78,6 +80,8 @@ class ModelSettings:
 
     audio_backbone: str | None = None
     text_backbone: str | None = None
+    audio_backbone_id: str | None = None
+    text_backbone_id: str | None = None
     base_model: str | None = None
     tiny: bool = False
     audio_layers: Literal["last", "weighted", "weighted_norm"] = "last"
@@ -117,6 +121,7 @@ class ModelSettings:
     def config_options(self) -> dict[str, Any]:
         """Options for `from_audio_text_pretrained`, without the backbones."""
         skipped = {"audio_backbone", "text_backbone", "base_model", "tiny", *LORA_OPTIONS}
+        skipped |= {"audio_backbone_id", "text_backbone_id"}
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
         options |= {f"{tower}_lora": lora for tower, lora in self.lora().items()}
         if self.attn_implementation is None:
@@ -160,6 +165,9 @@ class DataSettings:
         corpus: name known to `sailer.data.load_corpus`.
         data_dir: the corpus's folder; null for a corpus that makes itself.
         corpus_options: further options of that corpus's loader (or one by one: `--corpus_options.NAME VALUE`).
+        corpus_license: license of a corpus that the package does not know, as the Hub calls it ("cc-by-4.0"; "other"
+            for terms of its own), for the model card.
+        corpus_languages: languages of such a corpus, as two letters ("en").
         labels, majority_labels, scored_labels: the label set; null for the nine of MSP-Podcast, for those of its
             majority classes that occur among the labels, and for all labels but Other.
         train_split, validation_split: splits to train and to select on.
@@ -174,6 +182,8 @@ class DataSettings:
     corpus: str = "synthetic"
     data_dir: str | None = None
     corpus_options: dict[str, Any] = field(default_factory=dict)
+    corpus_license: str | None = None
+    corpus_languages: list[str] | None = None
     labels: list[str] | None = None
     majority_labels: list[str] | None = None
     scored_labels: list[str] | None = None

@@ -21,17 +21,18 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
 from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer
 from sailer.adapters_sailer import lora_of
 from sailer.data import CorpusError, LabelSet, load_corpus
-from sailer.data.atomic import adding_to_folder, replacing_folder
+from sailer.data.atomic import adding_to_folder, replacing_folder, write_json
 from sailer.data.collator import SailerCollator
 from sailer.data.labels import distribution, shuffle_labels
 from sailer.data.preview import preview
 from sailer.data.sampler import PlannedDataset
 from sailer.data.sharing import read_once
-from sailer.data.statistics import class_counts, shared_speaker_warnings
+from sailer.data.statistics import shared_speaker_warnings
 from sailer.data.team import Team
-from sailer.hub.card import render_card
+from sailer.hub.publishing import make_repository
 from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
 from sailer.training import checks, tiny_backbones
+from sailer.training.card_facts import run_facts
 from sailer.training.checkpoints import run_identity
 from sailer.training.evaluation import (
     baselines,
@@ -40,7 +41,6 @@ from sailer.training.evaluation import (
     draw_confusion,
     summary,
     without_prefix,
-    write_json,
 )
 from sailer.training.features import FeatureStore
 from sailer.training.groups import View, by_kind, group_report, group_section, largest_gap
@@ -158,6 +158,9 @@ def prepare(settings: Settings, corpus: DatasetDict | None = None, watch: Watch 
     settings.training.output_dir = str(output_dir / CHECKPOINTS)
     set_seed(settings.training.seed)
     shared_rows = None
+    if settings.training.push_to_hub and settings.training.process_index == 0:  # who may not write hears of it now
+        name = settings.training.hub_model_id or output_dir.resolve().name
+        settings.training.hub_model_id = make_repository(name, bool(settings.training.hub_private_repo)).repo_id
     if corpus is None:
         folder = Path(settings.training.output_dir) / "corpus"
         team = Team.of_this_run(per_machine=True)
@@ -211,7 +214,7 @@ def fit_baseline(job: Job) -> SailerTrainer:
     # In a place of its own: it must neither go on from the system's checkpoints nor replace them.
     training = copy.copy(job.settings.training)
     training.output_dir = str(job.output_dir / CHECKPOINTS / "shuffled_labels")
-    training.resume_from_checkpoint = None
+    training.resume_from_checkpoint, training.push_to_hub = None, False
     set_seed(training.seed)
     settings = replace(job.settings, training=training)
     system = build_system(settings, job.system.label_set, job.train_rows)
@@ -245,18 +248,23 @@ def save(job: Job, trainer: SailerTrainer, evaluation: Evaluation) -> Path:
                 path = folder / ("confusion_matrix.png" if len(job.test_rows) == 1 else f"confusion_{name}.png")
                 logits, labels = prediction.predictions["logits"], prediction.label_ids["consensus"]
                 draw_confusion(logits, labels, label_set, path)
-        facts = card_facts(job.settings, output_dir.name, job.resolved, job.corpus, label_set, metrics)
+        config = job.system.model.config
+        facts = run_facts(job.settings, output_dir, job.resolved, job.corpus, label_set, metrics, config)
         facts["groups"] = {name: text for name, found in evaluation.groups.items() if (text := group_section(found))}
         for name in facts["groups"]:
             path = folder / ("groups.png" if len(job.test_rows) == 1 else f"groups_{name}.png")
             found = evaluation.groups[name]
             plot_groups(by_kind(found["groups"]), path, largest_gap(found["gaps"]))
             facts["files"][path.name] = f"Figures of {name} by group"
-        render_card(facts, folder / "README.md")
+        trainer.card_facts = facts
+        trainer.create_model_card(folder=folder)
+    trainer.args.output_dir = str(output_dir)  # which trainer.push_to_hub() publishes
     shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)  # optimizer states, for a run that was cut short
     for name in ("validation", *job.test_rows):
         print(summary(name, metrics[name]))
     try_out(output_dir, next(iter(job.test_rows.values()), job.validation_rows))
+    if job.settings.training.push_to_hub:
+        print(f"\nPublished: {trainer.push_to_hub().repo_url}")
     print(f"\nThe system, its card and its figures are in {output_dir}")
     return output_dir
 
@@ -437,51 +445,6 @@ def try_out(folder: Path, rows: Dataset, clips: int = 3) -> None:
             print(f"  {row['id']} ({truth}): {told}")
     except Exception as error:  # whatever it is, a night's training is not lost over it
         logger.warning("The system is saved, but could not be tried on unseen clips: %s", error)
-
-
-def card_facts(
-    settings: Settings,
-    name: str,
-    resolved: str,
-    corpus: DatasetDict,
-    label_set: LabelSet,
-    metrics: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What the model card says of this run."""
-    figures = {split: values for split, values in metrics.items() if isinstance(values, dict)}
-    baseline_names = {
-        "baseline_majority_macro_f1": "always the commonest class",
-        "baseline_shuffled_macro_f1": "the same system trained on shuffled labels",
-    }
-    chance = {
-        split: {title: {"macro_f1": values[key]} for key, title in baseline_names.items() if key in values}
-        for split, values in figures.items()
-    }
-    model = settings.model
-    return {
-        "model_name": name,
-        "model_id": name,
-        "audio_backbone": model.audio_backbone or model.base_model,
-        "text_backbone": model.text_backbone,
-        "audio_layers": model.audio_layers,
-        "heads": model.heads,
-        "labels": list(label_set.labels),
-        "scored_labels": list(label_set.scored),
-        "corpus": settings.data.corpus,
-        "synthetic": settings.data.corpus == "synthetic",
-        "statistics": class_counts(corpus, label_set),
-        "settings": resolved,
-        "metrics": {
-            split: {key: value for key, value in values.items() if key not in baseline_names}
-            for split, values in figures.items()
-        },
-        "baselines": {split: value for split, value in chance.items() if value},
-        "training": {
-            "epochs": settings.training.num_train_epochs,
-            "wall time": f"{metrics['wall_seconds']:.0f} s",
-        },
-        "files": {"training_curve.png": "Losses and validation metrics over the epochs"},
-    }
 
 
 if __name__ == "__main__":

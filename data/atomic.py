@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 @contextmanager
@@ -60,3 +65,19 @@ def adding_to_folder(folder: str | Path) -> Iterator[Path]:
                 target.mkdir(exist_ok=True)
             else:
                 path.replace(target)
+
+
+def write_json(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write figures as JSON, which has no NaN: what is not defined becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, float | np.floating):
+            return float(value) if math.isfinite(value) else None
+        return value
+
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(plain(figures), indent=1) + "\n")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -135,6 +136,23 @@ def shared_speakers(datasets: _Splits) -> dict[tuple[str, str], list[str]]:
     speakers = {split: set(dataset["speaker"]) - {""} for split, dataset in datasets.items()}
     pairs = {(one, other): sorted(speakers[one] & speakers[other]) for one, other in combinations(speakers, 2)}
     return {pair: names for pair, names in pairs.items() if names}
+
+
+def split_speakers(datasets: _Splits, trained_on: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each split: its name as `split`, `clips`, `speakers` (names), how many clips are of `unknown` ones, and those
+    `shared` with the splits that a system was trained on (all of them, of such a split)."""
+    speakers = {split: set(dataset["speaker"]) - {""} for split, dataset in datasets.items()}
+    trained = set().union(*(speakers[split] for split in trained_on))
+    return [
+        {
+            "split": split,
+            "clips": len(dataset),
+            "speakers": sorted(speakers[split]),
+            "unknown": sum(not name for name in dataset["speaker"]),
+            "shared": sorted(speakers[split] & trained),
+        }
+        for split, dataset in datasets.items()
+    ]
 
 
 def shared_speaker_warnings(datasets: _Splits, examples: int = 10) -> list[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sailer.data.atomic import replacing
+from sailer.data.atomic import write_json
+from sailer.hub.origins import Origin, hub_ids, most_restrictive, of_system, read_card
+from sailer.hub.templates import number, render
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -20,10 +22,8 @@ if TYPE_CHECKING:
     from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
     from sailer.encoders_emotion2vec import Emotion2VecConfig
 
-CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md.jinja"
-CONVERTED_TEMPLATE = CARD_TEMPLATE.with_name("converted.md.jinja")
-EMOTION2VEC_TEMPLATE = CARD_TEMPLATE.with_name("emotion2vec.md.jinja")
-ENSEMBLE_TEMPLATE = CARD_TEMPLATE.with_name("ensemble.md.jinja")
+# Beside a card: what it was rendered from.
+FACTS_FILE = "card.json"
 COMBINED = {
     "probabilities": "the mean of the members' probabilities",
     "logits": "the softmax of the mean of the members' logits",
@@ -35,7 +35,11 @@ CARD_METRICS = {
     "macro_f1": ("f1", "Macro-F1"),
     "accuracy": ("accuracy", "Accuracy"),
     "uar": ("recall", "Unweighted recall"),
+    "min_map": ("mean_average_precision", "Min. mAP"),
+    "ccc": ("concordance_correlation", "CCC of the attributes"),
 }
+# What a split was used for.
+TRAINING, SELECTION, TEST, NOTHING = USES = ("training", "choosing the epoch, calibration", "test", "nothing")
 # Keys of an evaluation that say how long it took.
 NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
 PACKAGES = ("sailer", "torch", "transformers", "datasets", "accelerate", "numpy")
@@ -58,10 +62,12 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
     """Write the model card.
 
     Args:
-        facts: what happened.
+        facts: what happened; plain values, so that they can be kept as JSON.
             model_name: the title. model_id: the folder or Hub id that the example loads.
             audio_backbone, text_backbone (None: speech only), audio_layers, heads, labels, scored_labels.
             corpus: its name. synthetic: whether its speech is.
+            origins: of what the system is made, the fields of `sailer.hub.origins.Origin` each.
+            splits: of each split its `use` (one of `USES`) and what `sailer.data.statistics.split_speakers` says.
             statistics: split -> {class: clips}.
             settings: the recipe as resolved, YAML.
             metrics: split -> figures of `sailer.training.metrics.emotion_report`.
@@ -69,106 +75,87 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
             groups: split -> figures by group of clips in Markdown (`sailer.training.groups.group_section`), optional.
             training: {what: value}, listed under Training, optional.
             files: {picture beside the card: caption}, optional.
+            seeds: the figures of the same recipe with other seeds, as `sailer.training.seeds.summarize` has them,
+                with `own`, the seed of this one; optional.
             limits: further limits, a sentence each, optional.
-            license, language, date, hardware, versions: optional; Apache-2.0, none, and those of this process.
+            license: the header's fields of it, optional: by default what `most_restrictive` says of the origins.
+            kin: what shares speakers or recordings with the corpus, a sentence, optional.
+            language, datasets, tags: for the header, optional.
+            date, hardware, versions: optional, those of this process.
         path: Markdown file to write.
 
     Raises:
         ValueError: a fact that the card needs is missing; the message names it.
     """
-    from huggingface_hub import ModelCardData
     from jinja2 import UndefinedError
 
-    optional: dict[str, Any] = {
-        "synthetic": False,
-        "baselines": {},
-        "groups": {},
-        "training": {},
-        "files": {},
-        "limits": [],
-        "license": "apache-2.0",
-    }
+    optional: dict[str, Any] = {"synthetic": False, "baselines": {}, "training": {}, "files": {}, "limits": []}
+    optional |= {"groups": {}, "kin": "", "seeds": None, "language": None, "datasets": None, "tags": []}
     facts = optional | environment_facts() | dict(facts)
     try:
-        backbones = (facts["audio_backbone"], facts["text_backbone"])
-        card_data = ModelCardData(
-            base_model=[name for name in backbones if _is_hub_id(name)] or None,
-            eval_results=_evaluation_results(facts["corpus"], facts["metrics"]),
-            language=facts.get("language"),
-            library_name="transformers",
-            license=facts["license"],
-            metrics=[kind for kind, _ in CARD_METRICS.values()],
-            model_name=facts["model_name"],
-            pipeline_tag="audio-classification",
-            tags=list(CARD_TAGS),
+        origins = [Origin(**{**origin, "corpora": tuple(origin["corpora"])}) for origin in facts["origins"]]
+        results = _evaluation_results(facts["corpus"], facts["metrics"])
+        facts["header"] = _header(
+            facts["model_name"],
+            origins,
+            facts.get("license") or most_restrictive(origins),
+            tags=facts["tags"],
+            eval_results=results or None,
+            language=facts["language"],
+            datasets=facts["datasets"],
+            metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         )
-        facts["card_data"] = card_data.to_yaml()
+        facts["origins"] = origins
         facts["results"] = {
             split: _result_tables(values, facts["baselines"].get(split, {}), facts["scored_labels"])
             for split, values in facts["metrics"].items()
         }
         facts["statistics_table"] = _statistics_table(facts["statistics"])
+        facts["trained_on"] = sorted(
+            {name for split in facts["splits"] if split["use"] == TRAINING for name in split["speakers"]}
+        )
+        facts["unfit"] = list(_unfit(facts))
+        facts["seed_tables"] = seed_tables(facts["seeds"]) if facts["seeds"] else {}
         facts["versions"] = [" ".join(item) for item in facts["versions"].items()]
-        return _render(CARD_TEMPLATE, facts, path)
+        return render("template.md.jinja", facts, path)
     except (KeyError, UndefinedError) as error:
         raise ValueError(f"The model card lacks a fact: {error}.") from error
 
 
-def render_converted_card(source: str, config: SailerConfig, name: str, path: str | Path) -> Path:
+def write_card(facts: Mapping[str, Any], folder: str | Path) -> Path:
+    """`render_card` to the README.md of a folder, with the facts beside it (card.json), to render it from again.
+
+    Returns:
+        The card.
+    """
+    folder = Path(folder)
+    facts = environment_facts() | dict(facts)
+    card = render_card(facts, folder / "README.md")
+    write_json(facts, folder / FACTS_FILE)
+    return card
+
+
+def origin_facts(origins: Sequence[Origin]) -> dict[str, Any]:
+    """The card's `origins` and `license`; a warning says of what the license is not known."""
+    return {"origins": [asdict(origin) for origin in origins], "license": most_restrictive(origins)}
+
+
+def render_converted_card(source: str | Path, config: SailerConfig, name: str, path: str | Path) -> Path:
     """Write the card of a converted checkpoint.
 
     Args:
-        source: the Hub id that it was, or its folder's name.
+        source: the Hub id or folder that it was; its own card says its license.
         config: the system's configuration.
         name: the folder's name.
         path: Markdown file to write.
     """
-    from huggingface_hub import ModelCardData
-
-    card_data = ModelCardData(
-        base_model=[source] if _is_hub_id(source) and "/" in source else None,
-        library_name="transformers",
-        model_name=name,
-        pipeline_tag="audio-classification",
-        tags=list(CARD_TAGS),
-    )
     backbone = getattr(config.audio_config, "model_type", "none")
-    facts: dict[str, Any] = {"card_data": card_data.to_yaml(), "source": source, "model_name": name, "model_id": name}
-    facts |= {"heads": config.heads, "labels": config.labels, "audio_backbone": backbone}
-    return _render(CONVERTED_TEMPLATE, facts, path)
-
-
-def render_ensemble_card(config: SailerEnsembleConfig, weights: Sequence[float], name: str, path: str | Path) -> Path:
-    """Write the card of an ensemble.
-
-    Args:
-        config: the ensemble's configuration.
-        weights: the members' shares of the primary emotions.
-        name: the folder's name.
-        path: Markdown file to write.
-    """
-    from huggingface_hub import ModelCardData
-
-    references = [member["repo_id"] for member in config.members if "repo_id" in member]
-    card_data = ModelCardData(
-        base_model=references or None,
-        library_name="transformers",
-        model_name=name,
-        pipeline_tag="audio-classification",
-        tags=[*CARD_TAGS, "ensemble"],
-    )
-    shares = ["-" if config.combine == "stacked" else f"{weight / sum(weights):.3f}" for weight in weights]
-    facts: dict[str, Any] = {"card_data": card_data.to_yaml(), "model_name": name, "model_id": name}
-    facts |= {"heads": config.heads, "labels": config.labels, "combined": COMBINED[config.combine]}
-    facts["members"] = [
-        {"name": member["name"], "heads": member["heads"], "share": share}
-        for member, share in zip(config.members, shares, strict=True)
-    ]
-    return _render(ENSEMBLE_TEMPLATE, facts, path)
+    facts = {"heads": config.heads, "labels": config.labels, "audio_backbone": backbone}
+    return _render_copy("converted", source, name, facts, path)
 
 
 def render_emotion2vec_card(
-    source: str,
+    source: str | Path,
     config: Emotion2VecConfig,
     tokens: Sequence[str],
     left_out: Mapping[str, int],
@@ -178,35 +165,126 @@ def render_emotion2vec_card(
     """Write the card of a converted emotion2vec model.
 
     Args:
-        source: the Hub id that it was, or its folder's name.
+        source: the Hub id or folder that it was; its own card says its license.
         config: the model's configuration.
         tokens: the classes as the checkpoint names them; none of an encoder.
         left_out: part -> tensors of the checkpoint that are not in the model.
         name: the folder's name.
         path: Markdown file to write.
     """
+    facts = {"config": config, "tokens": list(tokens), "left_out": dict(left_out)}
+    task = "audio-classification" if tokens else "feature-extraction"
+    return _render_copy("emotion2vec", source, name, facts, path, tags=["emotion2vec"], pipeline_tag=task)
+
+
+def render_ensemble_card(
+    config: SailerEnsembleConfig,
+    weights: Sequence[float],
+    sources: Sequence[str | Path],
+    name: str,
+    path: str | Path,
+) -> Path:
+    """Write the card of an ensemble.
+
+    Args:
+        config: the ensemble's configuration.
+        weights: the members' shares of the primary emotions.
+        sources: the members' folders or Hub ids; their own cards say their licenses, languages and data.
+        name: the folder's name.
+        path: Markdown file to write.
+    """
+    origins = [of_system(source) for source in sources]
+    cards = [read_card(source) or {} for source in sources]
+    header = _header(
+        name,
+        origins,
+        most_restrictive(origins),
+        tags=["ensemble"],
+        language=_together(cards, "language"),
+        datasets=_together(cards, "datasets"),
+    )
+    shares = ["-" if config.combine == "stacked" else f"{weight / sum(weights):.3f}" for weight in weights]
+    facts: dict[str, Any] = {"header": header, "model_name": name, "model_id": name, "origins": origins}
+    facts |= {"heads": config.heads, "labels": config.labels, "combined": COMBINED[config.combine]}
+    facts["members"] = [
+        {"name": member["name"], "heads": member["heads"], "share": share}
+        for member, share in zip(config.members, shares, strict=True)
+    ]
+    return render("ensemble.md.jinja", facts, path)
+
+
+def _render_copy(
+    template: str, source: str | Path, name: str, facts: Mapping[str, Any], path: str | Path, **header: Any
+) -> Path:
+    """The card of what was converted from a checkpoint and is under that one's license."""
+    origin = of_system(source, "checkpoint")
+    text = _header(name, [origin], most_restrictive([origin]), **header)
+    common = {"header": text, "source": origin.name, "origins": [origin], "model_name": name, "model_id": name}
+    return render(f"{template}.md.jinja", common | dict(facts), path)
+
+
+def _header(
+    name: str,
+    origins: Sequence[Origin],
+    license_: Mapping[str, Any],
+    tags: Sequence[str] = (),
+    pipeline_tag: str = "audio-classification",
+    **more: Any,
+) -> str:
+    """The card's metadata, YAML."""
     from huggingface_hub import ModelCardData
 
-    card_data = ModelCardData(
-        base_model=[source] if _is_hub_id(source) and "/" in source else None,
+    return ModelCardData(
+        base_model=hub_ids(origins) or None,
         library_name="transformers",
         model_name=name,
-        pipeline_tag="audio-classification" if tokens else "feature-extraction",
-        tags=[*CARD_TAGS, "emotion2vec"],
-    )
-    facts: dict[str, Any] = {"card_data": card_data.to_yaml(), "source": source, "model_name": name, "model_id": name}
-    facts |= {"config": config, "tokens": list(tokens), "left_out": dict(left_out)}
-    return _render(EMOTION2VEC_TEMPLATE, facts, path)
+        pipeline_tag=pipeline_tag,
+        tags=[*CARD_TAGS, *tags],
+        **license_,
+        **more,
+    ).to_yaml()
 
 
-def _render(template: Path, facts: Mapping[str, Any], path: str | Path) -> Path:
-    from jinja2 import Environment, StrictUndefined
+def _together(cards: Sequence[Mapping[str, Any]], field: str) -> list[str] | None:
+    """What several cards have in a field, each once."""
+    lists = [card.get(field) or [] for card in cards]
+    found = [str(value) for values in lists for value in ([values] if isinstance(values, str) else values)]
+    return list(dict.fromkeys(found)) or None
 
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    text = environment.from_string(template.read_text(encoding="utf-8")).render(facts)
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-    return Path(path)
+
+def _unfit(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the system must not be judged on, and why: a clause each."""
+    corpus = facts["corpus"]
+    yield "any recording of the speakers in training, in whatever split, release or corpus it stands;"
+    for split in facts["splits"]:
+        if split["use"] == SELECTION:
+            yield f"{split['split']} of {corpus}: the epoch was chosen and the scores were calibrated on it;"
+        if split["use"] in (TEST, NOTHING) and split["shared"]:
+            yield f"{split['split']} of {corpus}: {len(split['shared'])} of its speakers are in training;"
+        if split["use"] == TRAINING and split["unknown"]:
+            yield (
+                f"recordings from where those {split['unknown']:,} clips of {split['split']} come from whose speakers "
+                "are not known;"
+            )
+    if facts["kin"]:
+        yield f"what shares speakers or recordings with {corpus}: {facts['kin']}"
+    for origin in facts["origins"]:
+        if origin.corpora:
+            own = ", so no figure above is of speech that is new to it" if corpus in origin.corpora else ""
+            yield f"{', '.join(origin.corpora)}: {origin.name} was itself trained on them{own}."
+
+
+def seed_tables(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Split -> a Markdown table of what `sailer.training.seeds.summarize` gives: mean, interval, and each seed's."""
+    tables = {}
+    for split, figures in summary["splits"].items():
+        header = ["", "mean", "low", "high", "deviation", *(f"seed {seed}" for seed in summary["seeds"])]
+        rows = [
+            [name, found["mean"], *(found["interval"] or (None, None)), found["deviation"], *found["values"]]
+            for name, found in figures.items()
+        ]
+        tables[split] = _table(header, rows)
+    return tables
 
 
 def _evaluation_results(corpus: str, metrics: Mapping[str, Mapping[str, float]]) -> list[EvalResult]:
@@ -224,7 +302,7 @@ def _evaluation_results(corpus: str, metrics: Mapping[str, Mapping[str, float]])
         )
         for split, values in metrics.items()
         for name, (kind, title) in CARD_METRICS.items()
-        if math.isfinite(values.get(name, math.nan))
+        if values.get(name) is not None and math.isfinite(values[name])
     ]
 
 
@@ -253,20 +331,5 @@ def _statistics_table(statistics: Mapping[str, Mapping[str, int]]) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; the first column holds names, the others numbers."""
     rules = ["---", *["---:"] * (len(header) - 1)]
-    lines = [header, rules, *([name, *map(_number, numbers)] for name, *numbers in rows)]
+    lines = [header, rules, *([name, *map(number, numbers)] for name, *numbers in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _number(value: float | None) -> str:
-    """Counts as they are, other numbers with three decimals, a dash for what is not known."""
-    if value is None or math.isnan(value):
-        return "-"
-    return (
-        f"{value:,.0f}" if float(value).is_integer() and (isinstance(value, int) or abs(value) > 1) else f"{value:.3f}"
-    )
-
-
-def _is_hub_id(name: str | None) -> bool:
-    if name is None or name.startswith("tiny-") or Path(name).exists():
-        return False
-    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None

@@ -87,12 +87,11 @@ def convert(
     destination = Path(destination)
     _check_destination(destination)
     folder = _download(source)
-    told = Path(source).resolve().name if Path(source).is_dir() else str(source)
     if is_emotion2vec(folder):
         if audio_backbone is not None or lora != "auto":
             raise ConversionError(f"{source} is an emotion2vec checkpoint: leave out --audio_backbone and --lora.")
         with replacing_folder(destination) as beside:
-            convert_emotion2vec(folder, told, destination.name, beside)
+            convert_emotion2vec(folder, str(source), destination.name, beside)
         return destination
     _check_checkpoint(folder, source)
     settings = _read_settings(folder)
@@ -108,7 +107,7 @@ def convert(
     with replacing_folder(destination) as folder:
         model.save_pretrained(folder)
         _processor(backbone).save_pretrained(folder)
-        render_converted_card(told, config, destination.name, folder / "README.md")
+        render_converted_card(str(source), config, destination.name, folder / "README.md")
     return destination
 
 

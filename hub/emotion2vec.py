@@ -98,7 +98,7 @@ def convert_emotion2vec(folder: Path, source: str, name: str, destination: Path)
 
     Args:
         folder: with `config.yaml`, `model.pt` and, of a classifier, `tokens.txt`.
-        source: what the card calls it.
+        source: Hub id or folder that it came from, for the card.
         name: of the converted model.
         destination: empty folder to write into.
 

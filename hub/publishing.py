@@ -14,10 +14,14 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, RepoUrl
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,8 @@ KEPT_BACK = (
 AUDIO_IN_HTML = b'src="data:audio/'
 # Names that pickles go by; a file of any other name is known by its bytes.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
+# By which Inference Endpoints run a system.
+HANDLER = Path(__file__).with_name("handler.py")
 REQUIRED = ("config.json", "processor_config.json", "README.md")
 # How much of a file, unpacked, is looked at for a pickle's beginning.
 LOOKED_AT = 2**16
@@ -55,30 +61,75 @@ def push(folder: str | Path, repo_id: str, private: bool = False) -> str:
         PushError: the folder is not a complete system or holds a pickle (the message names the files), the repository
             is public where a private one was wanted, nobody is logged in, or the Hub failed; nothing is published.
     """
+    return str(publish(folder, repo_id, private).repo_url)
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Upload a SAILER system",
+) -> CommitInfo:
+    """`push`, as the user of a token and with a commit message, if they are given.
+
+    On the Hub a classifier gets the `handler.py` by which Inference Endpoints run it, unless the folder has one.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     folder = Path(folder)
     files = check_system(folder)
-    api = HfApi()
     again = shlex.join(["sailer", "push", str(folder), repo_id, *["--private"] * private])
+    with _told(f"Nothing of {folder} was published to {repo_id}", again):
+        address = make_repository(repo_id, private, token)
+        # File by file: upload_folder takes names for patterns, and one file named * would bring all that stays here.
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        if _wants_handler(folder):
+            operations.append(CommitOperationAdd(HANDLER.name, HANDLER))
+        return HfApi(token=token).create_commit(address.repo_id, operations, commit_message=message)
+
+
+def _wants_handler(folder: Path) -> bool:
+    """Whether it holds a classifier without a handler of its own."""
     try:
+        code = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise PushError(f"{folder / 'config.json'} cannot be read ({error}): it is not a complete system.") from error
+    return "AutoModelForAudioClassification" in code and not (folder / HANDLER.name).exists()
+
+
+def make_repository(repo_id: str, private: bool = False, token: str | None = None) -> RepoUrl:
+    """Make a repository, if it is not there yet.
+
+    Raises:
+        PushError: it is public where a private one is wanted, or cannot be written to.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with _told(f"{repo_id} cannot be written to"):
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         if private and api.model_info(address.repo_id).private is False:
             raise PushError(f"{address} is public already and would stay so: make it private there, or name another.")
-        # File by file: upload_folder takes names for patterns, and one file named * would bring all that stays here.
-        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        api.create_commit(address.repo_id, operations, commit_message="Upload a SAILER system")
+        return address
+
+
+@contextmanager
+def _told(what: str, again: str | None = None) -> Iterator[None]:
+    """Failures of the Hub as a PushError that says what came of it, why, and with which command to try again."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        yield
+    except PushError as error:
+        raise PushError(f"{what}: {error}" + (f" Then try again: {again}" if again else "")) from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
             reason = "the Hub does not know you as someone who may write there: run `hf auth login`, or set HF_TOKEN"
         else:
             reason = " ".join(str(error).split())
-        raise PushError(
-            f"Nothing of {folder} was published to {repo_id}: {reason}. Then try again: {again}"
-        ) from error
-    return str(address)
+        raise PushError(f"{what}: {reason}." + (f" Then try again: {again}" if again else "")) from error
 
 
 def check_system(folder: Path) -> list[Path]:

@@ -31,7 +31,7 @@ data_seed use_cpu accelerator_config dataloader_num_workers dataloader_pin_memor
 dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters
 ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics
 train_sampling_strategy
-resume_from_checkpoint local_rank neftune_noise_alpha
+resume_from_checkpoint local_rank neftune_noise_alpha push_to_hub hub_model_id hub_private_repo
 """,
 )
 
@@ -53,6 +53,7 @@ def test_every_argument_of_transformers_was_looked_at() -> None:
         ("remove_unused_columns", True),
         ("batch_eval_metrics", True),
         ("debug", "underflow_overflow"),
+        ("hub_strategy", "checkpoint"),
     ],
 )
 def test_what_the_trainer_would_ignore_is_refused(name: str, value: object, tmp_path) -> None:

@@ -57,7 +57,7 @@ def refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         ("conv_dropout", "-0.1", "conv_dropout is -0.1: it must be at least 0"),
         ("remove_unused_columns", "true", "the collator needs every column"),
         ("batch_eval_metrics", "true", "the metrics want all clips at once"),
-        ("hub_token", "hf_mine", "nothing is pushed"),
+        ("hub_token", "hf_mine", "a command line or recipe is no place for it"),
         ("validation_split", "train", "validation_split is 'train', which the system is trained on"),
         ("validation_split", "test", "load_best_model_at_end to false"),
         ("train_split", "test", "which is among the test splits"),

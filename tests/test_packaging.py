@@ -101,8 +101,8 @@ def test_the_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> N
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(target)]
     subprocess.run([*install, str(wheel)], check=True, timeout=300)
     code = (
-        "import sailer, sailer.cli, sailer.hub.card; print(sailer.__file__);"
-        "assert sailer.hub.card.CARD_TEMPLATE.is_file(); sailer.cli.main(['recipes'])"
+        "import sailer, sailer.cli, sailer.hub.templates; print(sailer.__file__);"
+        "assert (sailer.hub.templates.TEMPLATES / 'template.md.jinja').is_file(); sailer.cli.main(['recipes'])"
     )
     environment = os.environ | {"PYTHONPATH": str(target)}
     command = [sys.executable, "-c", code]

@@ -11,10 +11,10 @@ import torch
 
 from sailer import SailerForAudioClassification, SailerProcessor
 from sailer.cli import main
-from sailer.hub.publishing import LOOKED_AT, PushError, is_pickle, push
+from sailer.hub.publishing import HANDLER, LOOKED_AT, PushError, is_pickle, push
 
 SYSTEM = {
-    "config.json": b'{"model_type": "sailer"}',
+    "config.json": b'{"model_type": "sailer", "auto_map": {"AutoModel": "modeling_sailer.SailerModel"}}',
     "model.safetensors": b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
     "processor_config.json": b"{}",
     "README.md": b"---\nlicense: mit\n---\nA system.\n",
@@ -127,6 +127,25 @@ def test_a_pickle_is_known_by_its_name(name: str, folder: Path, hub) -> None:
     add(folder, {name: b"anything"})
     with pytest.raises(PushError, match=r"not pushed"):
         push(folder, "it")
+
+
+def test_a_classifier_gets_what_endpoints_run_it_by(folder: Path, hub) -> None:
+    config = b'{"auto_map": {"AutoModelForAudioClassification": "modeling_sailer.SailerForAudioClassification"}}'
+    before = contents(folder)
+    add(folder, {"config.json": config})
+    push(folder, "it")
+    assert hub.files["me/it"] == SYSTEM | {"config.json": config, "handler.py": HANDLER.read_bytes()}
+    assert contents(folder) == before | {"config.json": config}  # nothing in it is changed
+    add(folder, {"handler.py": b"of my own"})
+    push(folder, "it")
+    assert hub.files["me/it"]["handler.py"] == b"of my own"
+
+
+def test_a_configuration_that_is_no_json_is_refused(folder: Path, hub) -> None:
+    add(folder, {"config.json": b"{"})
+    with pytest.raises(PushError, match=r"config\.json cannot be read"):
+        push(folder, "it")
+    assert hub.files.get("me/it", {}) == {}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -287,7 +287,9 @@ def test_words_that_look_like_something_else_read_back_equal(tmp_path: Path) -> 
 
 
 def test_a_secret_is_refused_with_the_reason_and_not_shown() -> None:
-    with pytest.raises(SettingsError, match=r"'hub_token' \(command line\) is a secret: nothing is pushed") as refused:
+    with pytest.raises(
+        SettingsError, match=r"'hub_token' \(command line\) is a secret: a command line or recipe is no place"
+    ) as refused:
         resolve(MINIMAL, {"hub_token": "hf_mine"})
     assert "hf_mine" not in str(refused.value)
 
@@ -331,7 +333,7 @@ def test_training_arguments_of_ours_come_first_and_those_of_transformers_have_it
     field = dataclasses.fields(_parts()["training"].__base__)[names.index("output_dir")]
     assert field.name == "output_dir" and texts["output_dir"] != field.metadata["help"]
     assert "weight decay" in texts["weight_decay"].lower() and "%%" not in "".join(texts.values())
-    assert not {"push_to_hub", "label_smoothing_factor", "hub_token"} & set(names)
+    assert not {"hub_revision", "label_smoothing_factor", "hub_token"} & set(names)
 
 
 def test_a_described_default_is_yaml_that_reads_back_equal() -> None:
@@ -376,10 +378,8 @@ REFUSED = {
     "fsdp": "full_shard",
     "fsdp_config": {"version": 2},
     "hub_always_push": True,
-    "hub_model_id": "me/it",
-    "hub_private_repo": True,
     "hub_revision": "main",
-    "hub_strategy": "end",
+    "hub_strategy": "every_save",
     "include_for_metrics": ["inputs"],
     "include_num_input_tokens_seen": "all",
     "label_names": ["labels"],
@@ -389,7 +389,6 @@ REFUSED = {
     "optim_target_modules": ["fc1"],
     "parallelism_config": {"tp_size": 2},
     "prediction_loss_only": True,
-    "push_to_hub": True,
     "remove_unused_columns": True,
     "use_cache": True,
     "use_liger_kernel": True,

@@ -14,6 +14,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 TARGETS = ("labels", "secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 
 _SPLIT = "a model split over processes is not supported; leave it out, and start a process per GPU with torchrun."
+_PUSH = "checkpoints hold pickles and are not pushed, the finished system is, once; leave it out."
 _LIGER = "there are no such kernels for these models; leave it out (bf16 and torch_compile save time)."
 
 # What SailerTrainer would ignore or fail with: argument -> why, and the way out.
@@ -27,6 +28,9 @@ NOT_HONOURED = {
     "eval_use_gather_object": "predictions are tensors, and are gathered as such; leave it out.",
     "fsdp": _SPLIT,
     "fsdp_config": _SPLIT,
+    "hub_always_push": _PUSH,
+    "hub_revision": "systems are pushed to the main branch; leave it out.",
+    "hub_strategy": _PUSH,
     "include_for_metrics": "the metrics use outputs and targets alone; leave it out.",
     "include_num_input_tokens_seen": "speech has no tokens that could be counted; leave it out.",
     "label_names": "the targets follow from the model's heads; set heads instead.",
@@ -42,7 +46,6 @@ NOT_HONOURED = {
 }
 
 _HALF = "the system would be saved in half precision; leave it out: with bf16 or fp16 evaluation is in it too."
-_PUSH = "checkpoints are not pushed; push the finished system: sailer push DIR REPO_ID."
 _STEPS = (
     "`sailer train` always trains, validates and tests; leave it out (`sailer evaluate` is for a finished system)."
 )
@@ -56,13 +59,7 @@ NOT_IN_THE_MAIN_JOB = NOT_HONOURED | {
     "enable_jit_checkpoint": "a stopped run would finish with half-trained weights; save_strategy: steps and "
     "resume_from_checkpoint carry a run over an interruption.",
     "fp16_full_eval": _HALF,
-    "hub_always_push": _PUSH,
-    "hub_model_id": _PUSH,
-    "hub_revision": _PUSH,
-    "hub_private_repo": "nothing is pushed; push the finished system: sailer push DIR REPO_ID --private.",
-    "hub_strategy": _PUSH,
-    "hub_token": "nothing is pushed, so no token is used; leave it out (`sailer push` takes that of `hf auth login`).",
-    "push_to_hub": _PUSH,
+    "hub_token": "a command line or recipe is no place for it; leave it out (`hf auth login` or HF_TOKEN gives one).",
 }
 
 
@@ -111,6 +108,7 @@ class SailerTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = "macro_f1"
     remove_unused_columns: bool = False
+    hub_strategy: str = "end"
     label_names: list[str] | None = field(default_factory=lambda: list(TARGETS))
     report_to: str | list[str] | None = "none"
     resume_from_checkpoint: str | bool | None = None  # type: ignore[assignment]  # Trainer.train takes True too

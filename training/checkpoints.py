@@ -40,6 +40,8 @@ TERMINATED = 128 + signal.SIGTERM  # the exit status that a shell gives a proces
 # Options that may differ between a run and the one that goes on with it: where it is written, how long it is, what is
 # logged, and how fast it is. `data_dir` too: the corpus is compared by what it says.
 NOT_COMPARED = {
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "seeds"),
+    *("audio_backbone_id", "text_backbone_id", "corpus_license", "corpus_languages"),
     *("output_dir", "max_steps", "num_train_epochs", "resume_from_checkpoint", "data_dir"),
     *("feature_cache_dir", "preview", "disable_tqdm", "report_to", "run_name", "project"),
     *("save_steps", "save_strategy", "save_total_limit", "save_on_each_node", "save_only_model"),

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import math
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ from transformers import AutoConfig
 
 from sailer.adapters_sailer import checked_lora
 from sailer.configuration_sailer import SEX_LABELS
+from sailer.data.corpora import about_corpus
 from sailer.data.labels import distribution
 from sailer.data.schema import ATTRIBUTES, SECONDARY_LABELS, CorpusError, LabelSet
-from sailer.settings import LORA_OPTIONS, ModelSettings, Settings, SettingsError
+from sailer.hub.origins import LICENSES
+from sailer.settings import LORA_OPTIONS, DataSettings, ModelSettings, Settings, SettingsError
 from sailer.training.checkpoints import digest_of_rows
 from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
 from sailer.training.tiny_backbones import TINY
@@ -79,6 +82,7 @@ def check_settings(settings: Settings) -> None:
             "text_dropout is set but the system has no text encoder: set text_backbone, or text_dropout to 0."
         )
     _check_splits(settings)
+    _check_corpus_facts(settings.data)
 
 
 def check_before_reading(settings: Settings, label_set: LabelSet, output_dir: Path) -> None:
@@ -217,6 +221,25 @@ def check_same_corpus(corpus: DatasetDict, watch: Watch) -> None:
                 f"Process {index} ({theirs['host']}) reads another corpus: it sees {told}. All machines must see the "
                 "same files: compare what data_dir holds on them."
             )
+
+
+def _check_corpus_facts(data: DataSettings) -> None:
+    known, stated = about_corpus(data.corpus), data.corpus_license
+    if stated is not None and stated not in LICENSES:
+        near = difflib.get_close_matches(stated, LICENSES, n=1)
+        raise SettingsError(
+            f"corpus_license is {stated!r}, which the Hub does not know"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+            + ": name one of https://huggingface.co/docs/hub/repositories-licenses, or other."
+        )
+    if stated is not None and known is not None and known.license not in ("", stated):
+        raise SettingsError(
+            f"corpus_license is {stated!r}, but {known.title} is under {known.license}: leave it out, it is for "
+            "corpora of which nothing is known."
+        )
+    wrong = [language for language in data.corpus_languages or [] if not re.fullmatch("[a-z]{2,3}", language)]
+    if wrong:
+        raise SettingsError(f"corpus_languages has {wrong[0]!r}: name languages as en, de, cmn (ISO 639).")
 
 
 def _check_metric_name(settings: Settings, known: Mapping[str, float]) -> None:

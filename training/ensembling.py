@@ -93,7 +93,8 @@ def build_ensemble(
     with replacing_folder(folder) as beside:
         ensemble.save_pretrained(beside)
         processor.save_pretrained(beside)
-        render_ensemble_card(ensemble.config, ensemble.weights.tolist(), Path(folder).name, beside / "README.md")
+        shares = ensemble.weights.tolist()
+        render_ensemble_card(ensemble.config, shares, models, Path(folder).name, beside / "README.md")
     return Path(folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from transformers import EvalPrediction
 from sailer import SailerEnsemble, SailerForAudioClassification, SailerTrainer, SailerTrainingArguments
 from sailer.configuration_sailer import SailerConfig, SailerEnsembleConfig
 from sailer.data import CorpusError, LabelSet, load_corpus
-from sailer.data.atomic import replacing
+from sailer.data.atomic import replacing, write_json
 from sailer.data.challenge import read_file_list, write_submission
 from sailer.data.collator import SailerCollator
 from sailer.ensemble_sailer import HEAD_OF_OUTPUT, load_system
@@ -304,22 +303,6 @@ def draw_confusion(logits: np.ndarray, labels: np.ndarray, label_set: LabelSet, 
         place = np.full(len(label_set.labels), -1)
         place[scored] = np.arange(len(scored))
         plot_confusion(place[labels[kept]], place[decisions(logits[kept], label_set)], label_set.scored, path)
-
-
-def write_json(figures: Mapping[str, Any] | Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write figures as JSON, which has no NaN: what is not defined becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        if isinstance(value, float | np.floating):
-            return float(value) if math.isfinite(value) else None
-        return value
-
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(plain(figures), indent=1) + "\n")
 
 
 def without_prefix(figures: Mapping[str, float]) -> dict[str, float]:

@@ -18,13 +18,13 @@ from scipy.special import log_softmax, softmax
 from sailer.data.atomic import replacing
 from sailer.data.rendering import render
 from sailer.data.schema import ATTRIBUTES, LabelSet
+from sailer.hub.templates import render as render_template
 from sailer.training.bootstrap import LEVEL, Resampling, divergences, replicated_figures
 from sailer.training.conformal import set_report
 from sailer.training.groups import KINDS, View, by_kind, largest_gap
 from sailer.training.metrics import ANSWERED, confidences, decisions, risk_coverage
 from sailer.training.report_plots import plot_agreement, plot_groups, plot_reliability, plot_risk, plot_speakers
 
-TEMPLATES = Path(__file__).parents[1] / "model_cards"
 # The figures of the whole split by their names in the report; the first three are the paper's, under its names.
 TITLES = {
     "macro_f1": "Macro-F1",
@@ -178,10 +178,10 @@ def write_report(
         "level": LEVEL,
         "embedded": embed_audio,
     }
-    _render("report.md.jinja", facts, folder / "report.md")
+    render_template("report.md.jinja", facts, folder / "report.md")
     images = {path.name: _data_uri(path.read_bytes(), "image/png") for path in folder.glob("*.png")}
     name = WITH_AUDIO if embed_audio else "report.html"
-    return _render("report.html.jinja", facts | {"images": images}, folder / name)
+    return render_template("report.html.jinja", facts | {"images": images}, folder / name)
 
 
 def write_table(
@@ -421,19 +421,3 @@ def _embedded(row: Mapping[str, Any]) -> str:
 
 def _data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _render(template: str, facts: Mapping[str, Any], path: Path) -> Path:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=template.endswith("html.jinja"),
-    )
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
-    with replacing(path) as beside:
-        beside.write_text(environment.get_template(template).render(facts), encoding="utf-8")
-    return path

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -20,6 +20,7 @@ from sailer.data.schema import LabelSet
 from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import SailerObjective
+from sailer.training.publishing import PublishingTrainer
 from sailer.training.throughput import Throughput
 
 # In a batch for scoring but not for the model: the consensus label that the corpus publishes.
@@ -36,7 +37,7 @@ class SplitPrediction(NamedTuple):
     metrics: dict[str, float]
 
 
-class SailerTrainer(Trainer):
+class SailerTrainer(PublishingTrainer):
     """
     Trainer whose loss is a `SailerObjective` and whose evaluation is `sailer.training.metrics.emotion_report`.
 
@@ -53,6 +54,7 @@ class SailerTrainer(Trainer):
         evaluation_collator: makes evaluation batches; the training collator by default.
         processing_class: the `SailerProcessor`, saved with every checkpoint.
         identity: what another run must share to go on with this one's checkpoints, by name.
+        card: facts for the model card that the Trainer cannot know, see `sailer.training.card_facts.trainer_facts`.
         trainer_arguments: as `transformers.Trainer` takes them.
     """
 
@@ -72,6 +74,7 @@ class SailerTrainer(Trainer):
         evaluation_collator: Any = None,
         processing_class: Any = None,
         identity: Mapping[str, Any] | None = None,
+        card: Mapping[str, Any] | None = None,
         **trainer_arguments: Any,
     ) -> None:
         # Kept from Trainer, which would align the special tokens of a text generator with its tokenizer.
@@ -92,6 +95,7 @@ class SailerTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.identity = dict(identity or {})
+        self.card = dict(card or {})
         self._staging: Path | None = None
         self._frozen = ""
         self._termination = checkpoints.TerminationCallback()

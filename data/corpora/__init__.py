@@ -38,18 +38,43 @@ Load = TypeVar("Load", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
+class About:
+    """What a model card has to say of a corpus.
+
+    Args:
+        title: its name as people write it.
+        license: identifier of https://huggingface.co/docs/hub/repositories-licenses; "other" for terms of its own; ""
+            where its page states none.
+        link: where it, or its license, is to be had.
+        languages: ISO 639-1 codes of what is spoken.
+        license_name: what terms of its own ("other") are called.
+        kin: what beside its own splits shares speakers or recordings with it, a sentence.
+    """
+
+    title: str
+    license: str
+    link: str
+    languages: tuple[str, ...]
+    license_name: str = ""
+    kin: str = ""
+
+
+@dataclass(frozen=True)
 class Corpus:
     """A registered loader; see `corpus`."""
 
     load: Callable[..., Any]
     reads_folder: bool
     shared_options: type | None
+    about: About | None = None
 
 
 _REGISTERED: dict[str, Corpus] = {}
 
 
-def corpus(name: str, *, reads_folder: bool = True, shared_options: type | None = None) -> Callable[[Load], Load]:
+def corpus(
+    name: str, *, reads_folder: bool = True, shared_options: type | None = None, about: About | None = None
+) -> Callable[[Load], Load]:
     """Register the decorated function as the loader of a corpus.
 
     Args:
@@ -57,6 +82,7 @@ def corpus(name: str, *, reads_folder: bool = True, shared_options: type | None 
         reads_folder: whether its path is a folder, which is then checked to be there; False for a loader that reads a
             file, an id or nothing.
         shared_options: a dataclass of options that it takes by keyword beside its own.
+        about: for the model cards of systems that are trained on it; None for a loader of any corpus.
 
     Raises:
         ValueError: another function has the name.
@@ -69,7 +95,7 @@ def corpus(name: str, *, reads_folder: bool = True, shared_options: type | None 
             load.__qualname__,
         ):
             raise ValueError(f"Corpus {name!r} is {known.load.__module__} already: choose another name.")
-        _REGISTERED[name] = Corpus(load, reads_folder, shared_options)
+        _REGISTERED[name] = Corpus(load, reads_folder, shared_options, about)
         return load
 
     return register
@@ -144,6 +170,11 @@ def corpus_options(name: str) -> dict[str, Any]:
     shared = dataclasses.fields(loader.shared_options) if loader.shared_options else ()
     options = [*((option.name, option.default) for option in shared), *own]
     return {option: default for option, default in options if option not in COMMON_ARGUMENTS}
+
+
+def about_corpus(name: str) -> About | None:
+    """What is known of a corpus; None of one that is not registered, or whose loader reads any corpus."""
+    return _REGISTERED[name].about if name in corpus_names() else None
 
 
 def label_indices(emotions: Iterable[str], label_set: LabelSet, report: CorpusReport) -> dict[str, int | None]:

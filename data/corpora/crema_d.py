@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sailer.data.corpora import corpus
+from sailer.data.corpora import About, corpus
 from sailer.data.corpora.audio_files import is_audio
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings, clip_id, find_entry, read_rows
 from sailer.data.corpora.mapping import label_positions
@@ -38,7 +38,16 @@ _NAME = re.compile(r"(?P<actor>10\d\d)_(?P<sentence>[A-Z]{3})_[A-Z]{3}_[A-Z]+")
 _VOICE_ONLY = range(100_000, 200_000)
 
 
-@corpus("crema_d")
+@corpus(
+    "crema_d",
+    about=About(
+        title="CREMA-D",
+        license="odbl",
+        link="https://github.com/CheyneyComputerScience/CREMA-D",
+        languages=("en",),
+        kin="Its videos are of the same 91 actors.",
+    ),
+)
 def load(
     path: Path,
     *,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sailer.data.corpora import corpus
+from sailer.data.corpora import About, corpus
 from sailer.data.corpora.audio_files import audio_reference, find_audio, read_durations
 from sailer.data.corpora.files import Problems, clip_id, find_entry, read_text
 from sailer.data.corpora.mapping import label_positions
@@ -42,7 +42,11 @@ SPREADS = ("uniform", "other", "none")
 _NAME = re.compile(r"(?P<actor>\d\d)(?P<sentence>[ab]\d\d)(?P<emotion>[WLEAFTN])[a-z]?")
 
 
-@corpus("emo_db")
+@corpus(
+    "emo_db",
+    # It can be fetched freely, and its page states no license.
+    about=About(title="EMO-DB", license="", link="http://emodb.bilderbar.info", languages=("de",)),
+)
 def load(
     path: Path,
     *,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from sailer.data.corpora import corpus
+from sailer.data.corpora import About, corpus
 from sailer.data.corpora.files import FileIndex, Problems, attach_recordings, clip_id, decode_text, find_entry
 from sailer.data.corpora.mapping import label_positions
 from sailer.data.corpora.msp_labels import Consensus, read_annotations, read_consensus
@@ -22,7 +22,17 @@ _OTHER = PRIMARY_LABELS.index("Other")
 _DROPPED = -999
 
 
-@corpus("msp_podcast")
+@corpus(
+    "msp_podcast",
+    about=About(
+        title="MSP-Podcast",
+        license="other",
+        link="https://ecs.utdallas.edu/research/researchlabs/msp-lab/MSP-Podcast.html",
+        languages=("en",),
+        license_name="msp-podcast-agreement",
+        kin="A release holds clips of those before it: a test set of one may be training material of another.",
+    ),
+)
 def load(
     path: Path,
     *,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from sailer.data.corpora import corpus, label_indices
+from sailer.data.corpora import About, corpus, label_indices
 from sailer.data.corpora.audio_files import audio_reference, is_audio, read_durations, walk_files
 from sailer.data.corpora.splits import actor_splits
 from sailer.data.schema import CorpusError, CorpusReport, LabelSet
@@ -38,7 +38,16 @@ class _Clip:
     actor: int
 
 
-@corpus("ravdess")
+@corpus(
+    "ravdess",
+    about=About(
+        title="RAVDESS",
+        license="cc-by-nc-sa-4.0",
+        link="https://zenodo.org/records/1188976",
+        languages=("en",),
+        kin="Its songs and its videos are of the same 24 actors.",
+    ),
+)
 def load(
     path: Path,
     *,

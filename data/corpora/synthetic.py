@@ -5,11 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sailer.data.corpora import corpus
+from sailer.data.corpora import About, corpus
 from sailer.data.schema import CorpusReport, LabelSet
 
 
-@corpus("synthetic", reads_folder=False)
+@corpus(
+    "synthetic",
+    reads_folder=False,
+    about=About(
+        title="synthetic speech (eSpeak NG)",
+        license="apache-2.0",  # sentences and votes are this package's; what eSpeak NG speaks is not under its license
+        link="https://github.com/espeak-ng/espeak-ng",
+        languages=("en",),
+        kin="All of its speakers are voices of one synthesiser.",
+    ),
+)
 def load(
     path: Path | None,
     *,
