@@ -56,14 +56,28 @@ def train(command: argparse.Namespace) -> None:
 
 
 def evaluate(command: argparse.Namespace) -> Path | None:
-    """Evaluate one system, or the mean of several, on a split of a corpus."""
+    """Evaluate one system, or the mean of several, on a split of a corpus; or each on several corpora."""
+    options = _mapping("corpus_options", command.corpus_options)
+    if command.corpora is not None:
+        for name in ("data_dir", "submission", "file_list", "embed_audio"):
+            if getattr(command, name):
+                raise SettingsError(f"--{name} is of one corpus, and --corpora names several: leave it out.")
+        return _from("training.cross_corpus", "evaluate_across")(
+            command.models,
+            command.corpora,
+            command.output_dir,
+            command.split,
+            corpus_options=options,
+            batch_size=command.batch_size,
+            bootstrap=command.bootstrap,
+        )
     return _from("training.evaluation", "evaluate_models")(
         command.models,
         command.corpus,
         command.data_dir,
         command.split,
         command.output_dir,
-        corpus_options=_mapping("corpus_options", command.corpus_options),
+        corpus_options=options,
         batch_size=command.batch_size,
         bootstrap=command.bootstrap,
         embed_audio=command.embed_audio,
@@ -197,9 +211,12 @@ def _parser() -> argparse.ArgumentParser:
     added = add(train, "train [RECIPE] [--option value ...]", option_help)
     added.add_argument("recipe", nargs="?", default=DEFAULT_RECIPE, help="a YAML file, or a name of `sailer recipes`")
 
-    added = add(evaluate, "evaluate MODEL... --corpus NAME [--data_dir DIR] [options]")
+    added = add(evaluate, "evaluate MODEL... (--corpus NAME [--data_dir DIR] | --corpora NAME=DIR...) [options]")
     added.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids; several are averaged")
-    added.add_argument("--corpus", required=True, metavar="NAME", help="see `sailer data --help`")
+    which = added.add_mutually_exclusive_group(required=True)
+    which.add_argument("--corpus", metavar="NAME", help="see `sailer data --help`")
+    across = "NAME[:SPLIT][=DIR] each: a table of every system on every corpus"
+    which.add_argument("--corpora", nargs="+", metavar="CORPUS", help=across)
     added.add_argument("--data_dir", metavar="DIR", help="the corpus's folder")
     added.add_argument("--split", default="test", metavar="S")
     added.add_argument("--output_dir", type=Path, metavar="DIR", help="for the report, its figures and pictures")

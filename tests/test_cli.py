@@ -203,7 +203,11 @@ def test_wrong_input_is_told_by_the_module_that_finds_it(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["convert", "source"], ["evaluate", "model"], ["recipes", "--all"]]
+    "arguments",
+    [
+        *([], ["trian"], ["convert", "source"], ["evaluate", "model"], ["recipes", "--all"]),
+        ["evaluate", "model", "--corpus", "ravdess", "--corpora", "ravdess=folder"],
+    ],
 )
 def test_a_wrong_command_line_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:

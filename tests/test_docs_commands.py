@@ -73,7 +73,8 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         return "sailer", with_options(words, {**ONE_EPOCH, **changes})
     if program == "sailer" and words[0] == "evaluate" and "synthetic" in words:
         few = {name.partition(".")[2]: int(number) for name, number in FEW_CLIPS.items()}
-        return "sailer", with_options(words, {"corpus_options": json.dumps(few)})
+        given = {"synthetic": few} if "--corpora" in words else few
+        return "sailer", with_options(words, {"corpus_options": json.dumps(given)})
     if program == "sailer":
         return "sailer", words
     if program == "torchrun":

@@ -58,7 +58,7 @@ SUMMARY = {
     "ece": "calibration error, balanced prior",
     "natural_uncalibrated_ece": "  natural prior",
     "natural_ece": "  natural prior, fitted temperature",
-    "set90_coverage": "prediction sets of 90 %: have the consensus",
+    "set90_coverage": "sets of 90 %: share with the consensus",
     "set90_size": "  classes in a set",
     "set90_by_class_coverage": "  a threshold for each class",
     "set90_by_class_size": "  classes in a set",
