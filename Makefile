@@ -10,23 +10,29 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
 
-.PHONY: demo test slow golden lowest style bench paper-smoke mutants docs docs-serve clean
+.PHONY: demo page test slow browser golden lowest style bench paper-smoke mutants docs docs-serve clean
 
 # Waiting threads sleep: where something else has a core, spinning ones would slow this twentyfold.
 demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; the result is in outputs/demo
 	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/python train.py recipes/demo.yaml
 
+page: $(VENV)/installed-page  ## show the demo's system on a page at http://127.0.0.1:7860; make page MODEL=FOLDER shows another
+	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/sailer page $(or $(MODEL),outputs/demo)
+
 test: $(STAMP)  ## run the fast tests; make test TESTS="tests/test_losses.py -k kl" runs some
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow and not browser" $(TESTS)
 
 slow: $(VENV)/installed-all  ## run the tests that take over ten seconds each or need another extra than dev
 	$(PYTEST) -m slow $(TESTS)
+
+browser: $(VENV)/installed-browser  ## try the page in a real browser (Debian: apt-get install chromium)
+	$(PYTEST) -m browser $(TESTS)
 
 golden: $(STAMP)  ## keep what the golden runs give now, where it changed, and show that (tests/golden/README.md)
 	$(PYTEST) -m slow tests/test_golden_runs.py --rewrite-golden
 
 lowest: $(LOWEST)/installed  ## run the fast tests with the lowest versions that setup.cfg allows, but torch as in constraints.txt
-	$(TEST_ENVIRONMENT) $(LOWEST)/bin/python -m pytest -m "not slow" $(TESTS)
+	$(TEST_ENVIRONMENT) $(LOWEST)/bin/python -m pytest -m "not slow and not browser" $(TESTS)
 
 # The root is the package: through this link the type checker finds it under its name, whatever the folder is called.
 style: $(STAMP)  ## check the style, the format and the types

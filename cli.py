@@ -131,6 +131,16 @@ def listen(command: argparse.Namespace) -> int:
     return _from("inference.listen", "main")(command)
 
 
+def page(command: argparse.Namespace) -> int:
+    """Show a page on this machine that judges recordings, or compares two systems."""
+    return _from("inference.page", "main")(command)
+
+
+def space(command: argparse.Namespace) -> Path:
+    """Write a Space for the Hub: the page of one system, with all that it needs."""
+    return _from("inference.space", "write_space")(command.model, command.folder, examples=command.examples)
+
+
 def convert(command: argparse.Namespace) -> Path:
     """Convert a checkpoint in the authors' format."""
     return _from("hub.conversion", "convert")(
@@ -174,7 +184,13 @@ def data(command: argparse.Namespace) -> Path | None:
 
 
 def push(command: argparse.Namespace) -> str:
-    """Upload a saved system to the Hub; its address."""
+    """Upload a saved system, or a Space, to the Hub; its address."""
+    if (command.repo_id is None) == (command.space is None):
+        raise SettingsError(
+            "Name where to: USER/NAME for a system, or --space USER/NAME for what `sailer space` wrote."
+        )
+    if command.space is not None:
+        return _from("hub.publishing", "push_space")(command.folder, command.space, private=command.private)
     return _from("hub.publishing", "push")(command.folder, command.repo_id, private=command.private)
 
 
@@ -305,6 +321,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     added.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or int8, as far as the backend has it")
 
+    added = add(page, "page MODEL [MODEL2] [options]")
+    added.add_argument("models", nargs="*", metavar="MODEL", help="folders or Hub ids: one, or two side by side")
+    added.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="by default this machine alone")
+    added.add_argument("--port", type=int, default=7860, metavar="N", help="0 for any that is free")
+    added.add_argument("--examples", type=Path, metavar="DIR", help="clips to try; by default synthetic ones")
+    added.add_argument("--transcriber", metavar="MODEL", help="speech recognition for systems that read transcripts")
+    added.add_argument("--max_minutes", type=float, default=60.0, metavar="M", help="longest recording")
+    added.add_argument("--max_megabytes", type=int, default=200, metavar="N", help="largest upload")
+    added.add_argument("--max_files", type=int, default=200, metavar="N", help="recordings of a folder")
+    added.add_argument("--max_waiting", type=int, default=100, metavar="N", help="visitors in the queue")
+    added.add_argument("--keep_minutes", type=float, default=30.0, metavar="M", help="how long an unused upload stays")
+    added.add_argument("--window_s", type=float, default=3.0, metavar="S", help="what a result over time hears")
+    added.add_argument("--hop_s", type=float, default=1.0, metavar="S", help="from one result to the next")
+    added.add_argument(
+        "--backend", choices=("torch", "onnx", "openvino"), default="torch", help="the runtime; see docs/use.md"
+    )
+    added.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or int8, as far as the backend has it")
+    added.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps, ...")
+
+    added = add(space, "space MODEL FOLDER [--examples DIR]")
+    added.add_argument("model", metavar="MODEL", help="folder or Hub id of a trained system")
+    added.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write")
+    added.add_argument("--examples", type=Path, metavar="DIR", help="clips to try; by default synthetic ones")
+
     added = add(convert, "convert SRC DST [--audio_backbone DIR] [--lora MODE]")
     added.add_argument("source", metavar="SRC", help="folder or Hub id")
     added.add_argument("destination", type=Path, metavar="DST", help="folder to write")
@@ -332,9 +372,10 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("name", metavar="NAME", help="the corpus")
     added.add_argument("data_dir", nargs="?", metavar="DIR", help="its folder, or for some a file or Hub id")
 
-    added = add(push, "push DIR REPO_ID [--private]")
+    added = add(push, "push DIR (REPO_ID | --space REPO_ID) [--private]")
     added.add_argument("folder", type=Path, metavar="DIR")
-    added.add_argument("repo_id", metavar="REPO_ID", help="USER/NAME")
+    added.add_argument("repo_id", nargs="?", metavar="REPO_ID", help="USER/NAME")
+    added.add_argument("--space", metavar="REPO_ID", help="USER/NAME of a Space: DIR is what `sailer space` wrote")
     added.add_argument("--private", action="store_true", help="make a new repository private")
 
     add(recipes, "recipes")

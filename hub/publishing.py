@@ -37,6 +37,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill"
 # By which Inference Endpoints run a system.
 HANDLER = Path(__file__).with_name("handler.py")
 REQUIRED = ("config.json", "processor_config.json", "README.md")
+SPACE_FILES = ("app.py", "README.md", "requirements.txt")
 # How much of a file, unpacked, is looked at for a pickle's beginning.
 LOOKED_AT = 2**16
 UNPACKERS: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
@@ -89,6 +90,31 @@ def publish(
         return HfApi(token=token).create_commit(address.repo_id, operations, commit_message=message)
 
 
+def push_space(folder: str | Path, repo_id: str, private: bool = False) -> str:
+    """Upload what `sailer space` wrote, in one commit; the Space's address. See `push`.
+
+    Raises:
+        PushError: the folder is not such a Space or holds a pickle, a Space of that name is public where a private one
+            was wanted, nobody is logged in, or the Hub failed; nothing is published.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder, api = Path(folder), HfApi()
+    files = _without_pickles(folder, "`sailer space`")
+    names = {path.name for path in files if path.parent == folder}
+    if missing := [name for name in SPACE_FILES if name not in names]:
+        raise PushError(f"{folder} lacks {', '.join(missing)}: it is not a Space; `sailer space` writes one.")
+    again = shlex.join(["sailer", "push", str(folder), "--space", repo_id, *["--private"] * private])
+    with _told(f"Nothing of {folder} was published to {repo_id}", again):
+        address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="space", space_sdk="gradio")
+        if private and api.space_info(address.repo_id).private is False:
+            raise PushError(f"{address} is public already and would stay so: make it private there, or name another.")
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        message = "Upload the page of a SAILER system"
+        api.create_commit(address.repo_id, operations, commit_message=message, repo_type="space")
+    return str(address)
+
+
 def _wants_handler(folder: Path) -> bool:
     """Whether it holds a classifier without a handler of its own."""
     try:
@@ -138,15 +164,7 @@ def check_system(folder: Path) -> list[Path]:
     Raises:
         PushError: it is not a complete system, or holds a pickle; the message names the files.
     """
-    files = list(_files(folder))
-    if not files:
-        raise PushError(f"{folder} is not a folder with files: name what `sailer train` or `sailer convert` wrote.")
-    pickles = [str(path) for path in files if is_pickle(path)]
-    if pickles:
-        raise PushError(
-            f"{', '.join(pickles)}: not pushed, because loading a pickle can run any code. Save as safetensors "
-            "(model.save_pretrained does) and remove these files."
-        )
+    files = _without_pickles(folder, "`sailer train` or `sailer convert`")
     if path := _local_backbone(folder):
         raise PushError(
             f"{folder} holds adapters of {path}, which nobody else has: push the whole system (sailer merge {folder} "
@@ -164,6 +182,20 @@ def check_system(folder: Path) -> list[Path]:
         missing.append("model.safetensors")
     if missing:
         raise PushError(f"{folder} lacks {', '.join(missing)}: it is not a complete system.")
+    return files
+
+
+def _without_pickles(folder: Path, maker: str) -> list[Path]:
+    """The files below a folder, but for those that stay here."""
+    files = list(_files(folder))
+    if not files:
+        raise PushError(f"{folder} is not a folder with files: name what {maker} wrote.")
+    pickles = [str(path) for path in files if is_pickle(path)]
+    if pickles:
+        raise PushError(
+            f"{', '.join(pickles)}: not pushed, because loading a pickle can run any code. Save as safetensors "
+            "(model.save_pretrained does) and remove these files."
+        )
     return files
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sailer.configuration_sailer import ATTRIBUTES
 from sailer.data.atomic import replacing
+from sailer.data.colours import ATTRIBUTE_COLOURS, colour_of
 from sailer.inference.outputs import by_label
 
 STEM_BYTES = 100  # of a recording's name in that of its picture; a file system takes some 250
@@ -30,7 +31,6 @@ def plot_timeline(
         results: of each window, as the pipeline's `return_all=True` gives them.
         path: PNG to write.
     """
-    from matplotlib import color_sequences
     from matplotlib.figure import Figure
 
     panels = [panel for panel in ("primary", "attributes") if panel in results[0]]
@@ -43,11 +43,11 @@ def plot_timeline(
         labels = sorted(series[0]) if panel == "primary" else list(ATTRIBUTES)
         values = [[row[label] for row in series] for label in labels]
         if panel == "primary":
-            axes.stackplot(times, values, labels=labels, colors=color_sequences["tab10"], alpha=0.85)
+            axes.stackplot(times, values, labels=labels, colors=[colour_of(label) for label in labels])
             axes.set_ylabel("probability")
         else:
             for label, line in zip(labels, values, strict=True):
-                axes.plot(times, line, label=label, linewidth=2)
+                axes.plot(times, line, label=label, linewidth=2, color=ATTRIBUTE_COLOURS[label])
             axes.grid(alpha=0.3)
             axes.set_ylabel("attribute, 0 to 1")
         axes.set(xlim=(start, end), ylim=(0, 1))

@@ -22,7 +22,7 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         endpoint: address, for HF_ENDPOINT.
-        files: the contents of each file of each model, {"me/name": {"folder/file": bytes}}.
+        files: the contents of each file of each model and Space, {"me/name": {"folder/file": bytes}}.
         created: what was asked for when a model was created, by model.
         large: contents that came as large files (LFS), by SHA-256.
         failing: paths that answer 500, as regular expressions.
@@ -189,15 +189,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _MODEL = r"(?P<model>[^/]+/[^/]+?)"
+_KIND = "(?:models|spaces)"
 _ROUTES = (
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
-    ("POST", f"/api/models/{_MODEL}/preupload/main", _Handler.preupload),
-    ("POST", rf"/{_MODEL}\.git/info/lfs/objects/batch", _Handler.large_batch),
+    ("POST", f"/api/{_KIND}/{_MODEL}/preupload/main", _Handler.preupload),
+    ("POST", rf"/(spaces/)?{_MODEL}\.git/info/lfs/objects/batch", _Handler.large_batch),
     ("PUT", "/large/(?P<oid>[0-9a-f]+)", _Handler.large_put),
     ("POST", "/large/(?P<oid>[0-9a-f]+)/verify", _Handler.large_verify),
-    ("POST", f"/api/models/{_MODEL}/commit/main", _Handler.commit),
-    ("GET", f"/api/models/{_MODEL}(/revision/[^/]+)?", _Handler.information),
-    ("GET", f"/api/models/{_MODEL}/tree/[^/]+(/(?P<folder>.+))?", _Handler.tree),
-    ("GET", f"/{_MODEL}/resolve/[^/]+/(?P<name>.+)", _Handler.resolve),
+    ("POST", f"/api/{_KIND}/{_MODEL}/commit/main", _Handler.commit),
+    ("GET", f"/api/{_KIND}/{_MODEL}(/revision/[^/]+)?", _Handler.information),
+    ("GET", f"/api/{_KIND}/{_MODEL}/tree/[^/]+(/(?P<folder>.+))?", _Handler.tree),
+    ("GET", f"/(spaces/)?{_MODEL}/resolve/[^/]+/(?P<name>.+)", _Handler.resolve),
 )

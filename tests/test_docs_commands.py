@@ -76,7 +76,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         given = {"synthetic": few} if "--corpora" in words else few
         return "sailer", with_options(words, {"corpus_options": json.dumps(given)})
     if program == "sailer":
-        return "sailer", words
+        return ("page" if words[0] == "page" else "sailer"), words
     if program == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return "process", launch + with_options(words, {**ONE_EPOCH, **FEW_CLIPS})
@@ -104,7 +104,7 @@ def with_options(words: list[str], changes: dict[str, str]) -> list[str]:
 
 # Runs in a process of its own: the steps of pages, each page in its folder; what failed is told at the end.
 RUNNER = """
-import json, os, subprocess, sys, time, traceback
+import json, os, signal, subprocess, sys, time, traceback
 import sailer.cli
 
 failed = []
@@ -119,6 +119,13 @@ for page in json.load(open(sys.argv[1])):
             elif step["kind"] == "sailer":
                 status = sailer.cli.main(step["words"])
                 assert status == 0, f"exit status {status}"
+            elif step["kind"] == "page":  # until it is there, then Ctrl+C
+                command = [sys.executable, "-m", "sailer.cli", *step["words"], "--port", "0"]
+                served = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                line = served.stdout.readline()
+                served.send_signal(signal.SIGINT)
+                assert line.startswith("The page is at http://127.0.0.1:"), line
+                assert served.wait(timeout=60) == 130
             else:
                 done = subprocess.run(step["words"], capture_output=True, text=True)
                 print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
@@ -145,7 +152,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_sailer: Path, tiny_s
     left_out = shutil.ignore_patterns(".git", ".*_cache", ".venv*", "build", "dist", "site", "outputs", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=left_out)
     (folder / ".venv").mkdir()
-    for name in ("installed", "installed-all", "installed-docs"):
+    for name in ("installed", "installed-all", "installed-browser", "installed-docs", "installed-page"):
         (folder / ".venv" / name).touch()
     shutil.copytree(tiny_sailer, folder / "outputs" / "demo")
     settings = json.loads((folder / "outputs" / "demo" / "config.json").read_text())

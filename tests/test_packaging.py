@@ -36,11 +36,12 @@ ROOT_MODULES = {
     "windows_sailer",
 }
 # What continuous integration calls, in this order.
-SUITES = ("test", "slow", "demo")
+SUITES = ("test", "slow", "demo", "browser")
 ROOMS = ("data", "hub", "inference", "training")
 WANTED = re.compile(
     rf"""sailer/({"|".join(sorted(ROOT_MODULES))})\.py
-    | sailer/(data/(corpora/|synthetic/)?|hub/|inference/(backends/)?|training/)\w+\.py
+    | sailer/(data/(corpora/|synthetic/)?|hub/|inference/(backends/|page_parts/)?|training/)\w+\.py
+    | sailer/inference/page_parts/page\.(css|js)
     | sailer/py\.typed
     | sailer/recipes/\w+\.yaml
     | sailer/backbone_configs/[\w-]+\.json
@@ -77,6 +78,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_card_templates_and_noth
     sources += [
         path.relative_to(ROOT) for path in (*ROOT.glob("recipes/*.yaml"), *ROOT.glob("backbone_configs/*.json"))
     ]
+    sources += [Path("inference/page_parts", name) for name in ("page.css", "page.js")]
     sources += [path.relative_to(ROOT) for path in ROOT.glob("model_cards/*.jinja")] + [Path("py.typed")]
     assert sorted(f"sailer/{path.as_posix()}" for path in sources) == sorted(
         n for n in names if n.startswith("sailer/")
@@ -226,9 +228,13 @@ def test_continuous_integration_runs_both_suites_and_the_demo_and_ends_with_the_
         '#!/bin/sh\necho "make $1, CI=$CI"\n'
         '[ "$1" = test ] && echo "===== 3 passed, 1 skipped, 2 deselected in 2.10s ====="\n'
         '[ "$1" = slow ] && echo "===== 2 passed, 4 deselected in 20.10s ====="\n'
+        '[ "$1" = browser ] && echo "===== 1 passed, 5 deselected in 30.10s ====="\n'
         '[ "$1" != "$FAIL" ]\n'
     )
-    (tools / "make").chmod(0o755)
+    for name, status in (("chromium", 0), ("apt-get", 1)):
+        (tools / name).write_text(f"#!/bin/sh\nexit {status}\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
 
     def run(**extra: str) -> subprocess.CompletedProcess:
         environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"} | extra
@@ -236,11 +242,30 @@ def test_continuous_integration_runs_both_suites_and_the_demo_and_ends_with_the_
 
     lines = run().stdout.splitlines()
     assert [line for line in lines if line.startswith("make")] == [f"make {name}, CI=true" for name in SUITES]
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "===== 3 passed, 1 skipped, 2 deselected in 2.10s =====",
         "===== 2 passed, 4 deselected in 20.10s =====",
+        "===== 1 passed, 5 deselected in 30.10s =====",
     ]
     for position, name in enumerate(SUITES):
         failed = run(FAIL=name)
         assert failed.returncode
         assert not [later for later in SUITES[position + 1 :] if f"make {later}" in failed.stdout]
+
+
+def test_continuous_integration_says_that_there_is_no_browser(tmp_path: Path) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "make").write_text('#!/bin/sh\necho "make $1"; echo "== 1 passed in 1.00s =="\n')
+    (tools / "apt-get").write_text("#!/bin/sh\nexit 100\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    for name in ("bash", "cat", "dirname", "grep", "mktemp", "rm", "sh", "tee"):
+        (tools / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        [tmp_path / ".ci" / "run"], env={"PATH": str(tools)}, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "make browser is left out: there is no chromium here" in done.stdout
+    assert "make browser\n" not in done.stdout
