@@ -177,6 +177,7 @@ class DataSettings:
         feature_dtype: precision of the states that are kept.
         preview: write so many augmented clips and their targets before training.
         shuffled_label_baseline: train the system a second time on shuffled labels, to show what chance gives.
+        seeds: train one system with each of these seeds, "0,1,2", in folders of their own, and sum them up.
     """
 
     corpus: str = "synthetic"
@@ -195,6 +196,7 @@ class DataSettings:
     feature_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     preview: int = 0
     shuffled_label_baseline: bool = False
+    seeds: list[int] | None = None
 
     def is_test_split(self, name: str) -> bool:
         """Whether the system is tested on the split of this name."""
@@ -467,7 +469,10 @@ def _converted(value: Any, hint: Any) -> Any:
     try:
         converted = adapter.validate_python(value)
     except ValidationError:
-        converted = adapter.validate_python([value])  # one value stands for a list of it
+        try:
+            converted = adapter.validate_python([value])  # one value stands for a list of it
+        except ValidationError:  # and a text of numbers for a list of those
+            converted = adapter.validate_python(value.split(",") if isinstance(value, str) else value)
     if isinstance(value, bool) != isinstance(converted, bool):
         raise ValueError("true is not 1")
     return converted

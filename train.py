@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from sailer.data.statistics import shared_speaker_warnings
 from sailer.data.team import Team
 from sailer.hub.publishing import make_repository
 from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
-from sailer.training import checks, tiny_backbones
+from sailer.training import checks, seeds, tiny_backbones
 from sailer.training.card_facts import run_facts
 from sailer.training.checkpoints import run_identity
 from sailer.training.evaluation import (
@@ -122,7 +122,44 @@ def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None)
         CorpusError: the corpus cannot be read.
         ValueError: a backbone cannot be loaded.
     """
-    return train(resolve(load_recipe(recipe), overrides, origin=f"recipe {recipe}"))
+    options, given = load_recipe(recipe), dict(overrides or {})
+    settings = resolve(options, given, origin=f"recipe {recipe}")
+    if settings.data.seeds is None:
+        return train(settings)
+    named = given if "seeds" in given else options | given
+    seeds.check_seeds(settings.data.seeds, settings.given | {"seed": named.get("seed")})
+    return train_seeds(settings, lambda own: resolve(options, given | own, origin=f"recipe {recipe}"))
+
+
+def train_seeds(settings: Settings, resolved: Callable[[dict[str, Any]], Settings]) -> Path:
+    """Train one system with each seed, in `seed-N` of the output folder, and sum them up in its report.md.
+
+    What is finished is not trained again, what was cut short goes on. Hidden states that are kept lie on disk in one
+    folder for all.
+
+    Args:
+        settings: with seeds.
+        resolved: the same settings with some options changed.
+
+    Raises:
+        SettingsError: a folder holds the finished system of other settings.
+    """
+    output_dir, runs = Path(settings.training.output_dir), list(settings.data.seeds or [])
+    common: dict[str, Any] = {"seeds": None}
+    if settings.data.cache_features != "off":
+        folder = settings.data.feature_cache_dir or str(output_dir / "features")
+        common |= {"cache_features": "disk", "feature_cache_dir": folder}
+    own = {seed: common | {"seed": seed, "output_dir": str(output_dir / f"seed-{seed}")} for seed in runs}
+    finished = [seed for seed in runs if seeds.is_finished(output_dir / f"seed-{seed}", to_yaml(resolved(own[seed])))]
+    for seed in runs:
+        print(f"\nseed {seed} is finished" if seed in finished else f"\nseed {seed}")
+        if seed not in finished:
+            begun = any((output_dir / f"seed-{seed}" / CHECKPOINTS).glob("checkpoint-*"))
+            train(resolved(own[seed] | ({"resume_from_checkpoint": True} if begun else {})))
+    if settings.training.process_index == 0:
+        report = seeds.write_summary(output_dir, runs)
+        print(f"\n{len(runs)} seeds:\n{seeds.summary_lines(output_dir)}\nThe figures of all are in {report}")
+    return output_dir
 
 
 def train(settings: Settings) -> Path:
