@@ -18,12 +18,12 @@ import transformers
 from datasets import Dataset, DatasetDict
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
 
-from sailer import SailerForAudioClassification, SailerProcessor, SailerTrainer
+from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor, SailerTrainer
 from sailer.adapters_sailer import lora_of
 from sailer.data import CorpusError, LabelSet, load_corpus
 from sailer.data.atomic import adding_to_folder, replacing_folder, write_json
 from sailer.data.collator import SailerCollator
-from sailer.data.labels import distribution, shuffle_labels
+from sailer.data.labels import shuffle_labels
 from sailer.data.preview import preview
 from sailer.data.sampler import PlannedDataset
 from sailer.data.sharing import read_once
@@ -47,6 +47,7 @@ from sailer.training.groups import View, by_kind, group_report, group_section, l
 from sailer.training.losses import SailerObjective, label_prior, label_weights
 from sailer.training.plots import plot_training
 from sailer.training.report_plots import plot_groups
+from sailer.training.teaching import targets_of, taught
 from sailer.training.trainer import SplitPrediction
 from sailer.training.watch import Watch
 
@@ -206,6 +207,9 @@ def prepare(settings: Settings, corpus: DatasetDict | None = None, watch: Watch 
     checks.check_corpus(settings, label_set, corpus)
     for name, rows in corpus.items() if settings.training.process_index == 0 else ():
         print(f"{name}: {len(rows)} clips, {np.nansum(rows.with_format('numpy')['duration']) / 3600:.2f} h")
+    if settings.objective.objective == "distil":
+        judged = taught(corpus[settings.data.train_split], settings, label_set)
+        corpus = DatasetDict({**corpus, settings.data.train_split: judged})
     train_rows = corpus[settings.data.train_split]
     planned = PlannedDataset(train_rows, settings.augmentation, label_set, seed=settings.training.seed)
     system = build_system(settings, label_set, train_rows, watch)
@@ -338,19 +342,15 @@ def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset, w
     (watch or Watch()).agree("backbones", "made")
     backbones = [local_backbone(name, folder, train_rows) for name in names]
     model, processor = load_system(settings.model, label_set, *backbones)
-    columns = train_rows.select_columns(["votes", "label"]).with_format("numpy")[:]
-    targets = distribution(columns["votes"])
-    if settings.objective.objective == "ce":
-        targets = np.full_like(targets, np.nan)
-        known = columns["label"] >= 0
-        targets[known] = np.eye(targets.shape[1])[columns["label"][known]]
-    prior = label_prior(targets)
+    prior = label_prior(targets_of(train_rows, settings.objective))
     weights = label_weights(prior, label_set.labels)
     objective = SailerObjective(settings.objective, weights, prior)
     model.config.label_prior = prior.tolist()
     model.config.conformal = None  # a base model's are of its own weights
     model.config.label_weights = objective.implied_label_weights(len(label_set.labels)).tolist()
     model.config.target_weighting = settings.objective.target_weighting
+    if settings.objective.teacher and settings.objective.distil_weight == 1:  # its scores mean what the teacher's do
+        model.config.label_weights = SailerConfig.get_config_dict(settings.objective.teacher)[0].get("label_weights")
     model.config.text_dropout = settings.augmentation.text_dropout
     return System(model, processor, label_set, weights.tolist(), prior.tolist())
 

@@ -25,6 +25,8 @@ MixingMode = Literal["minority", "same_emotion"]
 
 # The columns of the canonical row that a plan depends on.
 NARROW_COLUMNS = ("votes", "secondary_votes", "attributes", "label")
+# And one that rows have which a teacher has judged: its distribution over the labels.
+TEACHER_COLUMN = "teacher"
 
 # Each kind of random number has a stream of its own; a row of the first holds these draws, in this order.
 _CHOICES, _ANNOTATIONS, _SUBSET = range(3)
@@ -84,13 +86,14 @@ class AugmentationSettings:
             raise ValueError(f"max_seconds must exceed {shortest} s (the longest silence), got {self.max_seconds!r}.")
 
 
-def plan_features(label_set: LabelSet) -> Features:
+def plan_features(label_set: LabelSet, is_taught: bool = False) -> Features:
     """`datasets.Features` of a plan: one row per training row of an epoch.
 
     index is the clip's row in the corpus; partner is the row that it is mixed with or -1, heard first if
     partner_first is set; gap is in seconds, positive for silence between the two and negative for overlap. votes are
     the clip's own after annotation dropout. The targets are those of what is heard, NaN where unknown; hard_target
-    is the consensus label's (both labels' mean, for a mix). drop_text withholds the transcript.
+    is the consensus label's (both labels' mean, for a mix). drop_text withholds the transcript. Of rows with a
+    `TEACHER_COLUMN` there is a teacher_target too.
     """
     from datasets import Features, List, Value
 
@@ -107,6 +110,7 @@ def plan_features(label_set: LabelSet) -> Features:
             "secondary_target": List(Value("float32"), length=len(SECONDARY_LABELS)),
             "attribute_target": List(Value("float32"), length=len(ATTRIBUTES)),
             "drop_text": Value("bool"),
+            **({"teacher_target": labels} if is_taught else {}),
         }
     )
 
@@ -149,7 +153,7 @@ def plan_epoch(
         batched=True,
         batch_size=_MAP_BATCH,
         fn_kwargs={"clips": clips, "settings": settings, "seed": seed, "epoch": epoch},
-        features=plan_features(label_set),
+        features=plan_features(label_set, clips.teacher is not None),
         keep_in_memory=True,
         num_proc=num_proc,
         desc=f"Planning epoch {epoch}",
@@ -227,10 +231,12 @@ class _Clips:
     by_class: np.ndarray
     class_start: np.ndarray
     place_in_class: np.ndarray
+    teacher: np.ndarray | None
 
     @classmethod
     def of(cls, rows: Dataset, label_set: LabelSet) -> _Clips:
-        columns = rows.select_columns(list(NARROW_COLUMNS)).with_format("numpy")[:]
+        taught = [TEACHER_COLUMN] if TEACHER_COLUMN in rows.column_names else []
+        columns = rows.select_columns([*NARROW_COLUMNS, *taught]).with_format("numpy")[:]
         votes, label = columns["votes"].astype(np.float32), columns["label"].astype(np.int64)
         if not len(label):
             raise CorpusError("There are no training clips to plan an epoch of.")
@@ -259,6 +265,7 @@ class _Clips:
             by_class=by_class,
             class_start=start,
             place_in_class=place - start[np.maximum(label, 0)],
+            teacher=columns[TEACHER_COLUMN].astype(np.float32) if taught else None,
         )
 
 
@@ -301,7 +308,10 @@ def _plan_batch(
         return np.where(label[:, None] >= 0, one_hot[np.maximum(label, 0)], np.float32(np.nan))
 
     others = partner[mixed]
-    return {
+    taught = {}
+    if clips.teacher is not None:
+        taught["teacher_target"] = mean(clips.teacher[index], clips.teacher[others])
+    return taught | {
         "index": index,
         "partner": partner,
         "partner_first": mixed & (draws[index, _ORDER] < 0.5),

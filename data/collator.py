@@ -35,7 +35,8 @@ class SailerCollator:
     votes, `secondary_labels` (batch, 17), `attribute_labels` (batch, 3) and `age_labels` (batch,), NaN where unknown
     (a clip without votes has no distribution and counts for the other heads alone), and `sex_labels` (batch,), -100
     where unknown; for rows of validation and test also `consensus` (batch,), the corpus' own label, to score against.
-    A mix keeps its speakers' sex and age where the two agree.
+    A mix keeps its speakers' sex and age where the two agree. Training clips that a teacher has judged have
+    `teacher_labels` (batch, labels) too.
 
     Args:
         processor: makes the inputs; its sampling rate is that of the clips.
@@ -71,6 +72,8 @@ class SailerCollator:
             batch["consensus"] = torch.tensor([item["label"] for item in items])
         if "primary" in self.heads:
             batch["labels"] = _floats([self._primary(item) for item in items])
+            if all("teacher_target" in item for item in items):
+                batch["teacher_labels"] = _floats([item["teacher_target"] for item in items])
         if "secondary" in self.heads:
             batch["secondary_labels"] = _floats([_secondary(item) for item in items])
         if "attributes" in self.heads:

@@ -30,6 +30,7 @@ def shuffle_labels(rows: Dataset, seed: int) -> Dataset:
 
     order = np.random.default_rng(seed).permutation(len(rows))
     annotated = ["votes", "secondary_votes", "attributes", "label"]
+    annotated += ["teacher"] * ("teacher" in rows.column_names)
     labels = rows.select_columns(annotated).select(order).flatten_indices()
     return concatenate_datasets([rows.remove_columns(annotated), labels], axis=1)
 

@@ -64,6 +64,8 @@ def check_settings(settings: Settings) -> None:
             f"trainable_audio_layers is {model.trainable_audio_layers} but freeze_audio is true: set it to false, or "
             "leave trainable_audio_layers out."
         )
+    if settings.objective.objective == "distil" and "primary" not in model.heads and not model.base_model:
+        raise SettingsError("objective is 'distil', which teaches primary emotions: add primary to heads.")
     _check_lora(settings)
     frozen = model.freeze_audio and (model.freeze_text or not model.text_backbone) and not model.lora()
     if training.backbone_learning_rate is not None and frozen and not model.base_model:
@@ -109,6 +111,10 @@ def check_before_reading(settings: Settings, label_set: LabelSet, output_dir: Pa
         known = _report(_every_target(settings.model.heads, label_set), settings.model.heads, label_set)
         _check_metric_name(settings, known)
     _check_max_seconds(settings)
+    if settings.objective.teacher is not None:
+        from sailer.training.teaching import check_teacher
+
+        check_teacher(settings.objective.teacher, label_set)
 
 
 def check_corpus(settings: Settings, label_set: LabelSet, corpus: DatasetDict) -> None:
@@ -120,11 +126,15 @@ def check_corpus(settings: Settings, label_set: LabelSet, corpus: DatasetDict) -
     """
     data, heads = settings.data, settings.model.heads
     rows = corpus[data.train_split].select_columns(["votes", "label"]).with_format("numpy")[:]
-    if settings.objective.objective != "ce" and "primary" in heads and not np.any(rows["votes"]):
+    objective = settings.objective
+    is_taught = objective.objective == "distil"
+    needs_votes = objective.objective != "ce" and not (is_taught and objective.distil_weight == 1)
+    if needs_votes and "primary" in heads and not np.any(rows["votes"]):
+        way = ", but they have labels: set objective to ce." if (rows["label"] >= 0).any() else ", nor a label."
+        way = ": set distil_weight to 1, to learn from the teacher alone." if is_taught else way
         raise CorpusError(
-            f"No clip of {data.train_split!r} has annotators' votes, which the objective "
-            f"{settings.objective.objective!r} learns from"
-            + (", but they have labels: set objective to ce." if (rows["label"] >= 0).any() else ", nor a label.")
+            f"No clip of {data.train_split!r} has annotators' votes, which the objective {objective.objective!r} "
+            f"learns from{way}"
         )
     name = settings.training.metric_for_best_model
     if name is None or settings.model.base_model:

@@ -20,12 +20,14 @@ from torch.nn import functional
 logger = logging.getLogger(__name__)
 
 Array = TypeVar("Array", Tensor, np.ndarray)
-Objective = Literal["kl", "soft_ce", "ce", "focal"]
+Objective = Literal["kl", "soft_ce", "ce", "focal", "distil"]
 TargetWeighting = Literal["product", "normalized", "none"]
 AttributeLoss = Literal["mse", "ccc"]
 
 AGE_UNIT = 100.0  # years; the age head predicts in this unit, so that its loss has the scale of the attributes'
 
+# The collator's target for the component "teacher", of which training batches alone have one.
+TEACHER = "teacher_labels"
 # component -> (model output, collator target)
 COMPONENTS = {
     "primary": ("logits", "labels"),
@@ -42,12 +44,17 @@ class ObjectiveSettings:
 
     Args:
         objective: loss of the primary emotion: "kl" (paper), "soft_ce" (same gradient), "ce" (`soft_ce` on one-hot
-            consensus targets, which the collator makes) or "focal".
+            consensus targets, which the collator makes), "focal", or "distil": "kl", and what a teacher says.
         target_weighting: what becomes of the target d in training: "product" (d * w as the paper writes it),
             "normalized" (d * w summing to 1 in each clip) or "none".
         focal_gamma: exponent of the focal factor (1 - p) ** gamma.
         logit_adjustment_train: tau of the logit adjustment in training, 0 for none. It corrects for the class prior as
             w does: use one of the two, that is tau with `target_weighting="none"`.
+        teacher: folder or Hub id of the system or ensemble whose probabilities "distil" learns from; it judges each
+            training clip once, as it is, and a mix's target is the mean of its clips'.
+        distil_temperature: T; teacher and student are compared at softmax(logits / T).
+        distil_weight: the teacher's share of the primary loss, above 0 to 1; clips without votes have the teacher's
+            part alone.
         secondary_weight: weight of the secondary emotions' loss; the primary loss has weight 1.
         attribute_weight: weight of the attributes' loss.
         attribute_loss: "mse" or "ccc".
@@ -55,13 +62,17 @@ class ObjectiveSettings:
         age_weight: weight of the speaker age loss.
 
     Raises:
-        ValueError: an unknown choice, or a number that is negative or not finite; the message names the option.
+        ValueError: an unknown choice, a number out of its range, a teacher that is missing or not asked for; the
+            message names the option.
     """
 
     objective: Objective = "kl"
     target_weighting: TargetWeighting = "product"
     focal_gamma: float = 2.0
     logit_adjustment_train: float = 0.0
+    teacher: str | None = None
+    distil_temperature: float = 2.0
+    distil_weight: float = 0.5
     secondary_weight: float = 1.0
     attribute_weight: float = 1.0
     attribute_loss: AttributeLoss = "mse"
@@ -70,11 +81,30 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
+            if name == "teacher":
+                continue
             value, choices = getattr(self, name), get_args(kind)
             if choices and value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
             if not choices and not (isinstance(value, int | float) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number, 0 or more.")
+        if (self.objective == "distil") != (self.teacher is not None):
+            way = (
+                "set objective to distil"
+                if self.teacher
+                else "name a system or an ensemble, or choose another objective"
+            )
+            raise ValueError(f"objective is {self.objective!r} and teacher is {self.teacher!r}: {way}.")
+        if not self.distil_temperature > 0:
+            raise ValueError(f"distil_temperature is {self.distil_temperature!r}; it must be more than 0.")
+        if not 0 < self.distil_weight <= 1:
+            raise ValueError(f"distil_weight is {self.distil_weight!r}; it is a share, above 0 to 1.")
+
+    @property
+    def teacher_prior(self) -> str:
+        """Which of a teacher's probabilities are in the student's terms: "natural" estimates votes, and is for one
+        that learns them as they are; "balanced" is for one whose targets are weighted, or logits adjusted."""
+        return "balanced" if self.target_weighting != "none" or self.logit_adjustment_train else "natural"
 
 
 class SailerObjective(nn.Module):
@@ -99,10 +129,11 @@ class SailerObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
+        is_taught = settings.objective == "distil"
         self.components = nn.ModuleDict(
             {
                 "primary": DistributionLoss(
-                    settings.objective,
+                    "kl" if is_taught else settings.objective,
                     settings.target_weighting,
                     label_weights,
                     focal_gamma=settings.focal_gamma,
@@ -115,6 +146,8 @@ class SailerObjective(nn.Module):
                 "age": SquaredErrorLoss(AGE_UNIT),
             }
         )
+        if is_taught:
+            self.components["teacher"] = TeacherLoss(settings.distil_temperature)
         self.weights = {
             "primary": 1.0,
             "secondary": settings.secondary_weight,
@@ -130,7 +163,8 @@ class SailerObjective(nn.Module):
             outputs: the model's output: logits (batch, labels) and, per head, secondary_logits (batch, 17), attributes
                 (batch, 3), sex_logits (batch, 2), age (batch,) in years.
             targets: labels (batch, labels), secondary_labels (batch, 17), attribute_labels (batch, 3), sex_labels
-                (batch,) with -100 for unknown, age_labels (batch,); NaN for unknown.
+                (batch,) with -100 for unknown, age_labels (batch,); NaN for unknown. In training for "distil" also
+                teacher_labels (batch, labels).
 
         Returns:
             0-d tensors: the unweighted loss of each head that the outputs have, and their weighted sum under "loss".
@@ -149,7 +183,14 @@ class SailerObjective(nn.Module):
             losses[name] = self.components[name](outputs[output], targets[target])
         if not losses:
             raise ValueError(f"None of {[output for output, _ in COMPONENTS.values()]} is in the model's output.")
-        return {**losses, "loss": sum(self.weights[name] * loss for name, loss in losses.items())}
+        weights = dict(self.weights)
+        if "teacher" in self.components and self.training:
+            if targets.get(TEACHER) is None:
+                raise ValueError(f"The objective is 'distil' but the batch has no {TEACHER!r}: judge the clips first.")
+            losses["teacher"] = self.components["teacher"](outputs["logits"], targets[TEACHER])
+            share = self.settings.distil_weight
+            weights |= {"primary": 1 - share, "teacher": share}
+        return {**losses, "loss": sum(weights[name] * loss for name, loss in losses.items())}
 
     def implied_label_weights(self, number_of_labels: int) -> Tensor:
         """(labels,) the v for which softmax(logits) approaches d * v / sum(d * v): what the natural prior divides out.
@@ -232,6 +273,26 @@ class DistributionLoss(nn.Module):
             others = -torch.expm1(log_probabilities)
             losses = others.clamp(min=torch.finfo(others.dtype).eps) ** self.focal_gamma * losses
         return losses.sum(dim=-1).mean()
+
+
+class TeacherLoss(nn.Module):
+    """T^2 times the KL divergence from a teacher's probabilities to the student's, both softened by T.
+
+    Hinton et al. 2015 (https://arxiv.org/abs/1503.02531), section 2: softmax(z / T) of either; T^2 keeps the size of
+    the gradient. Of probabilities q that is q^(1 / T), normalised, so that no logits of the teacher are needed.
+    """
+
+    def __init__(self, temperature: float = 2.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, logits: Tensor, probabilities: Tensor) -> Tensor:
+        """Mean over the batch; logits and probabilities (batch, labels)."""
+        logits, probabilities = _same_kind(logits, probabilities)
+        floor = torch.finfo(probabilities.dtype).tiny
+        target = (probabilities.clamp(min=floor).log() / self.temperature).softmax(dim=-1)
+        said = (logits / self.temperature).log_softmax(dim=-1)
+        return self.temperature**2 * (torch.xlogy(target, target) - target * said).sum(dim=-1).mean()
 
 
 class SquaredErrorLoss(nn.Module):

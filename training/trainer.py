@@ -19,7 +19,7 @@ from sailer.data.sampler import EpochSampler, LongestFirst, PlannedDataset, long
 from sailer.data.schema import LabelSet
 from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
-from sailer.training.losses import SailerObjective
+from sailer.training.losses import TEACHER, SailerObjective
 from sailer.training.publishing import PublishingTrainer
 from sailer.training.throughput import Throughput
 
@@ -110,7 +110,7 @@ class SailerTrainer(PublishingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The objective's weighted sum; its parts are kept for the next log."""
-        targets = {name: inputs[name] for name in TARGETS if name in inputs}
+        targets = {name: inputs[name] for name in (*TARGETS, TEACHER) if name in inputs}
         inputs = {name: value for name, value in inputs.items() if name not in targets and name != CONSENSUS}
         if model.training and self.manifold_mixup:
             inputs, targets = self._mix_up(inputs, targets)
