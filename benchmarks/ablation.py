@@ -48,6 +48,7 @@ from transformers.utils import logging
 from sailer.data.schema import LabelSet
 from sailer.settings import DataSettings, Settings, load_recipe, resolve
 from sailer.train import fit, prepare, read_corpus
+from sailer.training.ensembling import build_ensemble
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDS, ACTORS_PER_FOLD, VALIDATING, ACTORS = 5, 4, 2, 20
@@ -84,6 +85,9 @@ class Row:
     paper: float | None = None
 
 
+# The teacher of a row that is distilled: the mean of so many systems that differ in their seed, trained beforehand.
+TEACHERS = "three of kl to the votes"
+TEACHER_SEEDS = (100, 200, 300)
 LAYERS = (
     Row("last layer"),
     Row("weighted sum", {"audio_layers": "weighted"}),
@@ -104,7 +108,11 @@ GROUPS: dict[str, dict[str, tuple[Row, ...]]] = {
             Row("attributes", {**BOTH, "heads": ATTRIBUTES}, 0.407),
             Row("both", {**BOTH, "heads": [*SECONDARY, "attributes"]}, 0.411),
         ),
-        "objective": (Row("kl to the votes"), Row("ce to the consensus", {"objective": "ce"})),
+        "objective": (
+            Row("kl to the votes"),
+            Row("ce to the consensus", {"objective": "ce"}),
+            Row("distilled from three of the first row", {"objective": "distil", "teacher": TEACHERS}),
+        ),
         "weighting": (
             Row("product (paper)"),
             Row("normalized", {"target_weighting": "normalized"}),
@@ -250,13 +258,38 @@ def run(recipe: Mapping[str, Any], features: Path) -> dict[str, Any]:
         settings = resolve(options, paths, origin="ablation")
         label_set = settings.data.label_set()
         corpus = _corpus(settings, label_set)
-        job = prepare(settings, with_votes(corpus, label_set, **recipe["votes"]) if "votes" in recipe else corpus)
+        corpus = with_votes(corpus, label_set, **recipe["votes"]) if "votes" in recipe else corpus
+        if settings.objective.teacher == TEACHERS:
+            teacher = make_teacher(options, corpus, Path(folder), features)
+            settings = resolve(options | {"teacher": str(teacher)}, paths, origin="ablation")
+        job = prepare(settings, corpus)
         metrics = fit(job).predict(job.corpus["test"]).metrics
     return {
         "metrics": {name: metrics[f"test_{name}"] for name in METRICS},
         "seconds": round(time.perf_counter() - started, 1),
         "finished": datetime.now().isoformat(timespec="seconds"),
     }
+
+
+def make_teacher(recipe: Mapping[str, Any], corpus: DatasetDict, folder: Path, features: Path) -> Path:
+    """An ensemble of systems that learn the votes, each from other first weights and in another order.
+
+    Args:
+        recipe: that of the student.
+        corpus: with its votes.
+        folder: where it goes.
+        features: as in `run`.
+    """
+    own = {name: value for name, value in recipe.items() if name != "teacher"} | {"objective": "kl"}
+    members = []
+    for seed in TEACHER_SEEDS:
+        members.append(folder / f"teacher_{seed}")
+        paths = {"output_dir": str(members[-1]), "feature_cache_dir": str(features), "seed": recipe["seed"] + seed}
+        job = prepare(resolve(own, paths, origin="ablation"), corpus)
+        fit(job)
+        job.system.model.save_pretrained(members[-1])
+        job.system.processor.save_pretrained(members[-1])
+    return build_ensemble(members, folder / "teacher")
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:

@@ -378,11 +378,13 @@ def test_the_defaults_are_the_papers():
     assert DistributionLoss("focal").focal_gamma == 2.0
     papers = {"objective": "kl", "target_weighting": "product", "attribute_loss": "mse"}
     papers |= dict.fromkeys(("secondary_weight", "attribute_weight", "sex_weight", "age_weight"), 1.0)
-    assert dataclasses.asdict(ObjectiveSettings()) == papers | {"focal_gamma": 2.0, "logit_adjustment_train": 0.0}
+    papers |= {"focal_gamma": 2.0, "logit_adjustment_train": 0.0}
+    papers |= {"teacher": None, "distil_temperature": 2.0, "distil_weight": 0.5}  # without effect on the paper's
+    assert dataclasses.asdict(ObjectiveSettings()) == papers
 
 
 def test_settings_and_inputs_that_cannot_be():
-    with pytest.raises(ValueError, match=r"objective is 'mse'; choose one of kl, soft_ce, ce, focal"):
+    with pytest.raises(ValueError, match=r"objective is 'mse'; choose one of kl, soft_ce, ce, focal, distil"):
         ObjectiveSettings(objective="mse")
     for value in (-1.0, math.nan, math.inf, "much"):
         with pytest.raises(ValueError, match="attribute_weight is"):

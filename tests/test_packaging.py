@@ -44,7 +44,7 @@ WANTED = re.compile(
     | sailer/inference/page_parts/page\.(css|js)
     | sailer/py\.typed
     | sailer/recipes/\w+\.yaml
-    | sailer/backbone_configs/[\w-]+\.json
+    | sailer/backbone_configs/[\w.-]+\.json
     | sailer/model_cards/\w+\.(md|html)\.jinja
     | sailer-[\d.]+\.dist-info/(METADATA|RECORD|WHEEL|entry_points\.txt|top_level\.txt|licenses/LICENSE)
     """,

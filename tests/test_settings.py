@@ -199,7 +199,7 @@ def test_an_option_like_no_other_is_pointed_to_the_list() -> None:
         ("corpus_options", "clips", "dict[str, Any]"),
         ("test_splits", {"a": 1}, "list[str] | None"),
         ("cache_features", "tape", "one of 'off', 'memory', 'disk'"),
-        ("objective", "hinge", "one of 'kl', 'soft_ce', 'ce', 'focal'"),
+        ("objective", "hinge", "one of 'kl', 'soft_ce', 'ce', 'focal', 'distil'"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_option_value_and_type(option: str, value: object, expected: str) -> None:
