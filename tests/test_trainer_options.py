@@ -56,8 +56,29 @@ def test_a_tracker_hears_of_every_loss(tmp_path, tiny_sailer, rows, monkeypatch)
     assert {"loss", "loss_primary", "loss_age"} <= set(heard[0]) and "eval_macro_f1" in heard[1]
 
 
+def searching(folder, tiny_sailer, rows) -> SailerTrainer:  # noqa: F811
+    """A trainer that builds its system anew for every trial."""
+    base = trainer(folder, tiny_sailer, rows)
+
+    def fresh() -> SailerForAudioClassification:
+        return SailerForAudioClassification.from_pretrained(tiny_sailer, conv_dropout=0.0)
+
+    return SailerTrainer(
+        args=SailerTrainingArguments(
+            str(folder), num_train_epochs=2, use_cpu=True, disable_tqdm=True, per_device_train_batch_size=8
+        ),
+        model_init=fresh,
+        objective=SailerObjective(ObjectiveSettings(target_weighting="none")),
+        train_dataset=PlannedDataset(rows, AugmentationSettings(), LabelSet()),
+        eval_dataset=rows,
+        data_collator=SailerCollator(base.processor, LabelSet(), HEADS),
+        processing_class=base.processor,
+    )
+
+
 def test_hyperparameter_search(tmp_path, tiny_sailer, rows, monkeypatch) -> None:  # noqa: F811
-    """Optuna's part is played here; the Trainer keeps what it is told to minimise under a name of its own choice."""
+    """Optuna's part is played here; the Trainer keeps what it is told to minimise under a name of its own choice, and
+    forgets the model of a trial."""
     optuna = ModuleType("optuna")
     optuna.__spec__ = ModuleSpec("optuna", None)
     optuna.trial = SimpleNamespace(BaseTrial=SimpleNamespace)
@@ -67,32 +88,18 @@ def test_hyperparameter_search(tmp_path, tiny_sailer, rows, monkeypatch) -> None
     class Search:
         def ensure_available(self) -> None: ...
 
-        def run(self, searching: SailerTrainer, n_trials: int, direction: str, **kwargs: object) -> float:
+        def run(self, run: SailerTrainer, n_trials: int, direction: str, **kwargs: object) -> float:
             for number in range(n_trials):
-                searching.objective = None
-                searching.train(trial=SimpleNamespace(number=number, params={}))
-                tried.append((searching.args.learning_rate, searching.objective))
+                run.objective = None
+                run.train(trial=SimpleNamespace(number=number, params={}))
+                tried.append((run.args.learning_rate, run.objective))
+                run.model_wrapped = run.model = None
             return min(value for _, value in tried)
 
     monkeypatch.setitem(
         trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, trainer_module.HPSearchBackend.OPTUNA, Search
     )
-    base = trainer(tmp_path, tiny_sailer, rows)
-
-    def fresh() -> SailerForAudioClassification:
-        return SailerForAudioClassification.from_pretrained(tiny_sailer, conv_dropout=0.0)
-
-    run = SailerTrainer(
-        args=SailerTrainingArguments(
-            str(tmp_path), num_train_epochs=2, use_cpu=True, disable_tqdm=True, per_device_train_batch_size=8
-        ),
-        model_init=fresh,
-        objective=SailerObjective(ObjectiveSettings(target_weighting="none")),
-        train_dataset=PlannedDataset(rows, AugmentationSettings(), LabelSet()),
-        eval_dataset=rows,
-        data_collator=SailerCollator(base.processor, LabelSet(), HEADS),
-        processing_class=base.processor,
-    )
+    run = searching(tmp_path, tiny_sailer, rows)
     best = run.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": (1e-6, 1e-3)[trial.number]},
         compute_objective=lambda metrics: metrics["eval_loss"],
@@ -102,3 +109,19 @@ def test_hyperparameter_search(tmp_path, tiny_sailer, rows, monkeypatch) -> None
     assert [rate for rate, _ in tried] == [1e-6, 1e-3]
     values = [value for _, value in tried]
     assert best == min(values) < max(values) and np.isfinite(values).all()
+    assert (
+        len([callback for callback in run.callback_handler.callbacks if type(callback).__name__ == "_EpochCallback"])
+        == 1
+    )
+
+
+@pytest.mark.slow
+def test_hyperparameter_search_by_optuna(tmp_path, tiny_sailer, rows) -> None:  # noqa: F811
+    pytest.importorskip("optuna", reason="the search is Optuna's (the search extra)")
+    best = searching(tmp_path, tiny_sailer, rows).hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-5, 1e-1])},
+        compute_objective=lambda metrics: metrics["eval_loss"],
+        n_trials=3,
+        backend="optuna",
+    )
+    assert np.isfinite(best.objective) and best.hyperparameters["learning_rate"] in (1e-5, 1e-1)

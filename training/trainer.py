@@ -97,7 +97,7 @@ class SailerTrainer(PublishingTrainer):
         self.identity = dict(identity or {})
         self.card = dict(card or {})
         self._staging: Path | None = None
-        self._frozen = ""
+        self._frozen: str | None = None
         self._termination = checkpoints.TerminationCallback()
         self.add_callback(self._termination)
         self.add_callback(_LineCallback if self.args.disable_tqdm else _BarCallback)
@@ -215,6 +215,7 @@ class SailerTrainer(PublishingTrainer):
             # A step's rows, over all processes and accumulated batches: how they are shared out changes nothing.
             step = self._train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             sampler = EpochSampler(len(dataset), seed=seed, lengths=lengths, step=step)
+            self.remove_callback(_EpochCallback)  # of an earlier training by this trainer
             self.add_callback(_EpochCallback(sampler))
             return sampler
         return super()._get_train_sampler(train_dataset)
@@ -243,13 +244,17 @@ class SailerTrainer(PublishingTrainer):
             CheckpointError: see `sailer.training.checkpoints.point_to_resume_from`.
             Terminated: SIGTERM ended the training; its state is saved.
         """
-        self._frozen = checkpoints.digest_of_frozen(self.model)
-        folder = checkpoints.point_to_resume_from(
-            resume_from_checkpoint, self.args.output_dir, self.identity, self._frozen
-        )
+        self._frozen = None
+        if self.model is None:  # a search over settings, which builds one anew in each trial
+            point = resume_from_checkpoint
+        else:
+            folder = checkpoints.point_to_resume_from(
+                resume_from_checkpoint, self.args.output_dir, self.identity, self._digest_of_frozen()
+            )
+            point = None if folder is None else str(folder)
         self._throughput = Throughput(self.args.device)
         try:
-            output = super().train(None if folder is None else str(folder), *args, **kwargs)
+            output = super().train(point, *args, **kwargs)
         finally:
             self._termination.restore()
         told = self._throughput.told(self.accelerator)
@@ -261,6 +266,12 @@ class SailerTrainer(PublishingTrainer):
         """Trainer's; its time is not counted as training."""
         with self._throughput.paused():
             return super().evaluate(*args, **kwargs)
+
+    def _digest_of_frozen(self) -> str:
+        """Of the model that trains; made once."""
+        if self._frozen is None:
+            self._frozen = checkpoints.digest_of_frozen(self.model)
+        return self._frozen
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Trainer's, written beside its place and renamed when it is whole; older ones are deleted after that."""
@@ -279,7 +290,7 @@ class SailerTrainer(PublishingTrainer):
             if self.args.should_save:
                 written = self._staging / folder.name
                 self.state.save_to_json(str(written / checkpoints.STATE))
-                checkpoints.seal(written, self.identity, self._frozen)
+                checkpoints.seal(written, self.identity, self._digest_of_frozen())
                 shutil.rmtree(folder, ignore_errors=True)
                 written.replace(folder)
         except Exception as error:
