@@ -73,6 +73,8 @@ DROPOUT = {"annotation_dropout": 0.2}
 # Mixes are the same in every row of a seed: three plans take turns, so that features can be kept.
 MIXING = {"mixing_probability": 0.3, "augmentation_variants": 3}
 BOTH = {**DROPOUT, **MIXING}
+# What augmentation against rare classes does where class weights do not do it already.
+UNWEIGHTED = {"target_weighting": "none"}
 SECONDARY, ATTRIBUTES = ["primary", "secondary"], ["primary", "attributes"]
 
 
@@ -137,6 +139,12 @@ GROUPS: dict[str, dict[str, tuple[Row, ...]]] = {
             Row("annotation dropout", DROPOUT, 0.403),
             Row("audio mixing", MIXING, 0.404),
             Row("both", BOTH, 0.406),
+        ),
+        "unweighted": (
+            Row("none", UNWEIGHTED),
+            Row("annotation dropout", {**UNWEIGHTED, **DROPOUT}),
+            Row("audio mixing", {**UNWEIGHTED, **MIXING}),
+            Row("both", {**UNWEIGHTED, **BOTH}),
         ),
     },
 }
