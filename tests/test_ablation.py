@@ -120,7 +120,7 @@ def test_training_clips_are_as_rare_as_in_the_challenge_and_have_votes(ablation)
 
 
 def test_means_spreads_and_paired_gains(ablation, options):
-    first, second = ablation.Row("first", paper=0.401), ablation.Row("second", {"audio_layers": "weighted"})
+    first, second = ablation.Row("first", paper=(0.401, 0.301)), ablation.Row("second", {"audio_layers": "weighted"})
     groups = {"synthetic": {"layers": (first, second)}}
 
     def figures(macro_f1: float) -> dict:
@@ -130,23 +130,24 @@ def test_means_spreads_and_paired_gains(ablation, options):
     records = {keys[0][0]: figures(0.2), keys[0][1]: figures(0.4), keys[1][0]: figures(0.3), keys[1][1]: figures(0.52)}
     lines = ablation.table(groups, records, options)
     assert lines[0]["macro_f1"] == pytest.approx((0.3, 0.02**0.5))
-    assert lines[0]["gain"] is None and lines[0]["interval"] is None
+    assert lines[0]["macro_f1_gain"] is None
     # The differences are 0.1 and 0.12: standard error 0.01, and with one degree of freedom t is 12.706.
-    assert lines[1]["gain"] == pytest.approx((0.11, 0.0002**0.5))
-    assert lines[1]["interval"] == pytest.approx((0.11 - 0.12706, 0.11 + 0.12706), abs=1e-4)
+    assert lines[1]["macro_f1_gain"] == pytest.approx((0.11, 0.11 - 0.12706, 0.11 + 0.12706), abs=1e-4)
+    assert lines[1]["min_map_gain"] == (0, 0, 0)
     text = ablation.markdown(lines).splitlines()
     assert len({line.count("|") for line in text}) == 1
     assert text[2] == (
-        "| synthetic | layers | first | 2 | 0.300 ± 0.141 | 0.500 ± 0.000 | 0.250 ± 0.000 |  |  | 0.401 |"
+        "| synthetic | layers | first | 2 | 0.300 ± 0.141 | 0.500 ± 0.000 | 0.250 ± 0.000 |  |  | 0.401, 0.301 |"
     )
-    assert "| +0.110 ± 0.014 | -0.017 to +0.237 |" in text[3]
+    assert "| +0.110 (-0.017 to +0.237) | +0.000 (+0.000 to +0.000) |  |" in text[3]
     records[keys[1][1]] = figures(0.51)  # now 0.1 and 0.11: 0.105 and 12.706 times 0.005
-    assert "| **+0.105 ± 0.007** | +0.041 to +0.169 |" in ablation.markdown(ablation.table(groups, records, options))
+    assert "| **+0.105** (+0.041 to +0.169) |" in ablation.markdown(ablation.table(groups, records, options))
 
     del records[keys[1][1]]
     one = ablation.table(groups, records, options)[1]
-    assert one["runs"] == 1 and one["gain"] == pytest.approx((0.1, 0.0)) and one["interval"] is None
-    assert "**" not in ablation.markdown([one])
+    assert one["runs"] == 1 and one["macro_f1_gain"][0] == pytest.approx(0.1)
+    assert "| +0.100 | +0.000 |" in ablation.markdown([one])
+    assert len(ablation.markdown(ablation.table(groups, {}, options)).splitlines()) == 2
     assert ablation.table(groups, {}, options)[1]["macro_f1"] is None
 
 
