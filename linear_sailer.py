@@ -143,7 +143,9 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if not all(map(_is_dense, tensors)) or weight.ndim != 2 or input.numel() < LEAST_ROWS * weight.shape[1]:
         return _plain(input, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _LinearFunction.apply(input, weight, bias)
+        # On rows: of more dimensions its output would be a view of its own making, which nothing may change in place, as
+        # SpecAugment does in training. What is viewed here may be.
+        return _LinearFunction.apply(input.flatten(0, -2), weight, bias).view(*input.shape[:-1], len(weight))
     return _product(input, weight, bias)
 
 
@@ -162,7 +164,7 @@ def _product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 class _LinearFunction(torch.autograd.Function):
-    """The product with gradients, which are products of the same kind."""
+    """The product of rows (2-D) with gradients, which are products of the same kind."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -174,10 +176,9 @@ class _LinearFunction(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         # Gradients of gradients are wanted where gradients are enabled here: those only torch's own product has.
         multiply = _plain if torch.is_grad_enabled() else _product
-        (gradient,) = gradients
-        rows = gradient.flatten(0, -2)
-        of_input = multiply(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        of_weight = multiply(rows.t(), input.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
+        (rows,) = gradients
+        of_input = multiply(rows, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = multiply(rows.t(), input.t()) if ctx.needs_input_grad[1] else None
         return of_input, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 

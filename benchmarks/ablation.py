@@ -365,8 +365,8 @@ def conditions(options: argparse.Namespace) -> dict[str, str]:
         "software": ", ".join([f"Python {platform.python_version()}", *versions]),
         "command": "python benchmarks/ablation.py " + " ".join(options.command),
         "speech encoder": f"{Path(options.audio_backbone).name}, frozen but where a row says otherwise",
-        "figures": "mean ± standard deviation over seeds or folds, on the test split; to first row: mean difference by "
-        "seed or fold, with its 95 % interval by Student's t; paper: macro-F1 and Min. mAP on MSP-Podcast",
+        "figures": "mean ± standard deviation over seeds or folds, on the test split; to first row: mean difference "
+        "by seed or fold, with its 95 % interval by Student's t; paper: macro-F1 and Min. mAP on MSP-Podcast",
     }
 
 

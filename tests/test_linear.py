@@ -73,6 +73,24 @@ def test_products_and_gradients_are_those_of_torch(bias: bool, shape: tuple[int,
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(80,), (2, 3, 40)])
+def test_a_product_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As SpecAugment does with a speech encoder's projected frames, in training."""
+    layer, x = nn.Linear(8, 8), torch.randn(*shape, 8)
+    masked = torch.arange(shape[-1]) % 3 == 0
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = layer(x)
+        y[..., masked, :] = 0.5
+        return torch.autograd.grad(y.square().sum(), [*layer.parameters()])
+
+    expected = step()
+    with onednn_linear("on", layer):
+        assert products(step) == 2
+        for one, other in zip(step(), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
 def test_what_wants_no_gradient_gets_none(frozen: str) -> None:
     tensors = {"input": torch.ones(80, 8), "weight": torch.ones(8, 8), "bias": torch.ones(8)}
