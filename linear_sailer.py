@@ -143,8 +143,8 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if not all(map(_is_dense, tensors)) or weight.ndim != 2 or input.numel() < LEAST_ROWS * weight.shape[1]:
         return _plain(input, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        # On rows: of more dimensions its output would be a view of its own making, which nothing may change in place, as
-        # SpecAugment does in training. What is viewed here may be.
+        # On rows: of more dimensions its output would be a view of its own making, which nothing may change in place,
+        # as SpecAugment does in training. What is viewed here may be.
         return _LinearFunction.apply(input.flatten(0, -2), weight, bias).view(*input.shape[:-1], len(weight))
     return _product(input, weight, bias)
 
