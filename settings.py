@@ -170,11 +170,12 @@ class DataSettings:
         corpus_languages: languages of such a corpus, as two letters ("en").
         labels, majority_labels, scored_labels: the label set; null for the nine of MSP-Podcast, for those of its
             majority classes that occur among the labels, and for all labels but Other.
+        streaming: hear the training clips of the corpus "hub" as they are streamed; their annotations are read before.
+        streaming_buffer: clips that wait in each process to be drawn from.
         train_split, validation_split: splits to train and to select on.
         test_splits: splits to test on; null for all whose name begins with "test".
         cache_features: keep a frozen speech encoder's hidden states "off", in "memory" or on "disk".
-        feature_cache_dir: where on disk; null for a folder below the output folder.
-        feature_dtype: precision of the states that are kept.
+        feature_cache_dir, feature_dtype: where on disk (null: below the output folder), and in what precision.
         preview: write so many augmented clips and their targets before training.
         shuffled_label_baseline: train the system a second time on shuffled labels, to show what chance gives.
         seeds: train one system with each of these seeds, "0,1,2", in folders of their own, and sum them up.
@@ -188,6 +189,8 @@ class DataSettings:
     labels: list[str] | None = None
     majority_labels: list[str] | None = None
     scored_labels: list[str] | None = None
+    streaming: bool = False
+    streaming_buffer: int = 1000
     train_split: str = "train"
     validation_split: str = "validation"
     test_splits: list[str] | None = None

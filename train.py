@@ -47,6 +47,7 @@ from sailer.training.groups import View, by_kind, group_report, group_section, l
 from sailer.training.losses import SailerObjective, label_prior, label_weights
 from sailer.training.plots import plot_training
 from sailer.training.report_plots import plot_groups
+from sailer.training.streams import streamed_clips
 from sailer.training.teaching import targets_of, taught
 from sailer.training.trainer import SplitPrediction
 from sailer.training.watch import Watch
@@ -316,7 +317,8 @@ def read_corpus(data: DataSettings, label_set: LabelSet) -> DatasetDict:
     Raises:
         CorpusError: the corpus cannot be read, or lacks a split that the recipe names (lists those it has).
     """
-    corpus = load_corpus(data.corpus, data.data_dir, label_set=label_set, **data.corpus_options)
+    options = data.corpus_options | ({"streamed": data.train_split} if data.streaming else {})
+    corpus = load_corpus(data.corpus, data.data_dir, label_set=label_set, **options)
     for split in (data.train_split, data.validation_split, *(data.test_splits or [])):
         if split not in corpus:
             raise CorpusError(f"Corpus {data.corpus} has no split {split!r}; it has {list(corpus)}.")
@@ -413,7 +415,7 @@ def fit(job: Job) -> SailerTrainer:
         label_set=system.label_set,
         manifold_mixup=settings.augmentation.manifold_mixup,
         evaluation_collator=replace(collator, hard_targets=False),
-        train_dataset=job.planned,
+        train_dataset=streamed_clips(job.planned, settings) if settings.data.streaming else job.planned,
         eval_dataset=job.validation_rows,
         data_collator=collator,
         processing_class=system.processor,

@@ -68,7 +68,7 @@ def judge_by_ray(archive: Archive, *, actors: int | None = None, device: str | N
     ray = _import_ray()
     _connect(ray)
     per_actor = _resources(ray, device)
-    actors = actors or _default_actors(ray, "num_gpus" in per_actor)
+    actors = _default_actors(ray, "num_gpus" in per_actor) if actors is None else actors
     if actors < 1:
         raise PredictionError(f"actors is {actors}; give at least one.")
     options["device"] = "cuda" if "num_gpus" in per_actor else device
@@ -86,8 +86,7 @@ def judge_by_ray(archive: Archive, *, actors: int | None = None, device: str | N
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
             fn_constructor_args=(stored, options),
-            max_restarts=0,
-            max_task_retries=0,
+            ray_remote_args_fn=_without_waiting,
             **per_actor,
         )
         try:
@@ -116,6 +115,11 @@ def _keep(archive: Archive, batch: pa.Table, bar: tqdm) -> None:
         )
     archive.write(row["part"], {table: row[table] for table in archive.tables})
     bar.update()
+
+
+def _without_waiting() -> dict[str, int]:
+    """An actor whose node died is given up: waiting for a node on which it can start again may be for ever."""
+    return {"max_restarts": 0, "max_task_retries": 0}
 
 
 def _import_ray() -> Any:

@@ -79,7 +79,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         return ("page" if words[0] == "page" else "sailer"), words
     if program == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return "process", launch + with_options(words, {**ONE_EPOCH, **FEW_CLIPS})
+        return "process", launch + with_options(words, {} if "predict" in words else {**ONE_EPOCH, **FEW_CLIPS})
     if program == "python":
         return "process", [sys.executable, *with_options(words, SCRIPTS[words[0]])]
     if program == "pip":

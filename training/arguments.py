@@ -91,7 +91,8 @@ class SailerTrainingArguments(TrainingArguments):
         logging_nan_inf_filter: leave losses that are not finite out of the log; it makes a GPU wait at every step.
 
     Raises:
-        ValueError: an argument that is not honoured (see `NOT_HONOURED`), or arguments that contradict each other.
+        ValueError: an argument (or FSDP by the launcher) that is not honoured (see `NOT_HONOURED`), or arguments that
+            contradict each other.
     """
 
     output_dir: str = "outputs"
@@ -127,6 +128,8 @@ class SailerTrainingArguments(TrainingArguments):
                 f"backbone_learning_rate is {self.backbone_learning_rate}: give a positive rate, or freeze the towers "
                 "(freeze_audio, freeze_text)."
             )
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+            raise ValueError(f"The launcher's configuration asks for FSDP: {_SPLIT}")
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             from sailer.training.metrics import greater_is_better
 

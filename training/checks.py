@@ -38,6 +38,7 @@ LEAST: dict[str, tuple[float, bool]] = {
     "trainable_audio_layers": (1, True),
     "conv_dropout": (0, True),
     "preview": (0, True),
+    "streaming_buffer": (1, True),
     "gradient_accumulation_steps": (1, True),
     "per_device_train_batch_size": (1, True),
     "per_device_eval_batch_size": (1, True),
@@ -85,6 +86,32 @@ def check_settings(settings: Settings) -> None:
         )
     _check_splits(settings)
     _check_corpus_facts(settings.data)
+    if data.streaming:
+        _check_streaming(settings)
+
+
+def _check_streaming(settings: Settings) -> None:
+    """Refuse what needs clips in another order than they are streamed in."""
+    data, training, mixing = settings.data, settings.training, settings.augmentation.mixing_probability
+    if data.corpus != "hub" or not data.data_dir:
+        raise SettingsError(
+            f"streaming is true and corpus is {data.corpus!r}: only datasets of the corpus 'hub' are streamed, named "
+            "by data_dir. Leave streaming out."
+        )
+    reasons = {
+        f"mixing_probability is {mixing:g}": mixing > 0,
+        f"cache_features is {data.cache_features!r}": data.cache_features != "off",
+        "train_sampling_strategy is 'group_by_length'": training.train_sampling_strategy == "group_by_length",
+        f"preview is {data.preview}": data.preview > 0,
+        "dataloader_persistent_workers is true": training.dataloader_persistent_workers,
+    }
+    for told, is_wanted in reasons.items():
+        if is_wanted:
+            name = told.split()[0]
+            raise SettingsError(
+                f"{told} but streaming is true: clips are heard once, in the order of the stream, and no other can be "
+                f"looked up. Leave {name} out, or streaming."
+            )
 
 
 def check_before_reading(settings: Settings, label_set: LabelSet, output_dir: Path) -> None:

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from sailer.data.sampler import EpochSampler, LongestFirst, PlannedDataset, longest_first
 from sailer.data.schema import LabelSet
+from sailer.data.streaming import StreamedClips
 from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import TEACHER, SailerObjective
@@ -198,6 +199,20 @@ class SailerTrainer(PublishingTrainer):
         outputs: Any = prediction.predictions
         targets: Any = prediction.label_ids
         return split_report(self.training_objective, self.label_set, outputs, targets, self.args.device)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Trainer's; a stream's batches are shared out over the processes already."""
+        dataset = self.train_dataset
+        if not isinstance(dataset, StreamedClips):
+            return super().get_train_dataloader()
+        self.add_callback(_EpochCallback(dataset))
+        return torch.utils.data.DataLoader(
+            dataset,
+            batch_size=None,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers or 0,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """Evaluation batches, by the evaluation collator."""
@@ -430,7 +445,7 @@ def split_report(
 class _EpochCallback(TrainerCallback):
     """Tells the sampler its epoch: a run resumed within an epoch wraps the sampler so deep that nothing else does."""
 
-    def __init__(self, sampler: EpochSampler) -> None:
+    def __init__(self, sampler: EpochSampler | StreamedClips) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -47,6 +47,7 @@ def load(
     report: CorpusReport,
     subset: str | None = None,
     revision: str | None = None,
+    streamed: str | None = None,
     **table_options: Any,
 ) -> dict[str, Dataset]:
     """Canonical rows per split, from a dataset id, a folder of `save_to_disk`, or one that `load_dataset` reads.
@@ -60,6 +61,7 @@ def load(
         label_set: the primary emotions; canonical rows must have been written with the same.
         subset: the dataset's configuration, where it has several.
         revision: branch, tag or commit of a dataset on the Hub.
+        streamed: leave the recordings of this split where they are (a recipe's `streaming` names its training split).
         **table_options: see `TableOptions`. Without a column of splits the dataset's own splits are taken; recordings
             given as paths are by default relative to the dataset's folder.
 
@@ -69,6 +71,11 @@ def load(
     """
     if path is None:
         raise CorpusError("Corpus 'hub' is read from a dataset id or a folder: give one of them.")
+    if streamed is not None:
+        from sailer.data.corpora.hub_stream import load_streamed
+
+        own_options = {"subset": subset, "revision": revision, **table_options}
+        return load_streamed(path, streamed, label_set=label_set, report=report, strict=strict, **own_options)
     options = TableOptions(**table_options)
     columns, fractions, seconds = options.columns, options.split_fractions, options.minimum_seconds
     source = _open(path, subset, revision)
@@ -87,13 +94,13 @@ def load(
         raise CorpusError(f"{path} has the splits {list(source)}: leave out split_fractions.")
     own: dict[str, str] = {}
     if not (has_column or fractions):
-        own = {split: _own_split(split, options.split_names, len(source)) for split in source}
+        own = {split: own_split(split, options.split_names, len(source)) for split in source}
         wanted = chosen(sorted(set(own.values())), options.splits)
         source = DatasetDict({split: part for split, part in source.items() if own[split] in wanted})
     parts: dict[str, list[Dataset]] = defaultdict(list)
     for split, dataset in source.items():
-        table = _Columns(dataset)
-        reader = TableReader(table, options, label_set, problems, where=partial(_place, split))
+        table = Columns(dataset)
+        reader = TableReader(table, options, label_set, problems, where=partial(place, split))
         clips, named, first_rows = reader.read()
         if own:
             clips["split"] = [own[split]] * len(first_rows)
@@ -110,11 +117,11 @@ def load(
     return {name: concatenate_datasets(parts[name]) for name in chosen(sorted(parts), options.splits)}
 
 
-def _place(split: str, row: int) -> str:
+def place(split: str, row: int) -> str:
     return f"split {split}, row {row}"
 
 
-class _Columns(Mapping[str, list[Any]]):
+class Columns(Mapping[str, list[Any]]):
     """A dataset's columns as lists, read when asked for: classes by their names, recordings without their bytes."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -124,7 +131,7 @@ class _Columns(Mapping[str, list[Any]]):
     def __getitem__(self, name: str) -> list[Any]:
         if name not in self._read:
             values, feature = self.arrow(name), self.dataset.features[name]
-            if _is_recording(values.type):
+            if is_recording(values.type):
                 paths = pa.chunked_array(
                     [pc.struct_field(chunk, "path").cast(pa.string()) for chunk in values.chunks], pa.string()
                 )
@@ -144,7 +151,7 @@ class _Columns(Mapping[str, list[Any]]):
         return len(self.dataset.column_names)
 
 
-def _is_recording(kind: pa.DataType) -> bool:
+def is_recording(kind: pa.DataType) -> bool:
     """Whether a column holds recordings with their paths or bytes, as `datasets.Audio` stores them."""
     return pa.types.is_struct(kind) and {field.name for field in kind} == {"path", "bytes"}
 
@@ -181,7 +188,7 @@ def _open(path: Path, subset: str | None, revision: str | None) -> DatasetDict:
     return loaded
 
 
-def _own_split(split: str, split_names: Mapping[Any, str] | None, number: int) -> str:
+def own_split(split: str, split_names: Mapping[Any, str] | None, number: int) -> str:
     """The canonical name of a dataset's own split; the only one may have any name."""
     try:
         return split_name((split_names or {}).get(split, split)) or "train"
@@ -201,7 +208,7 @@ def _class_name(value: Any, feature: Any) -> Any:
 
 
 def _with_audio(
-    clips: dict[str, Any], first_rows: list[int], reader: TableReader, table: _Columns, path: Path
+    clips: dict[str, Any], first_rows: list[int], reader: TableReader, table: Columns, path: Path
 ) -> tuple[Dataset, list[str]]:
     """Canonical rows of the clips whose recording can be used, and the split of each."""
     minimum_seconds = reader.options.minimum_seconds
@@ -210,7 +217,7 @@ def _with_audio(
             f"{reader.problems.source} has no column said to be audio: name it in `columns`, or pass audio=False."
         )
     column = table.arrow(reader.columns["audio"])
-    if not _is_recording(column.type):
+    if not is_recording(column.type):
         values = table[reader.columns["audio"]]
         names = [str(values[row] or "") for row in first_rows]
         index = FileIndex(Path(reader.options.audio_folder or path).expanduser())
@@ -219,7 +226,7 @@ def _with_audio(
         assigned = clips.pop("split")
         return build_dataset(clips, reader.label_set), assigned
 
-    stored = _canonical_audio(column)
+    stored = canonical_audio(column)
     sources = [_source(stored[row]) for row in first_rows]
     names = [f"of clip {clip} in {reader.problems.source}" for clip in clips["id"]]
     strict, report = reader.problems.strict, reader.problems.report
@@ -244,7 +251,7 @@ def _with_audio(
     return merged.select_columns(list(canonical_features(reader.label_set))), assigned
 
 
-def _canonical_audio(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def canonical_audio(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Recordings as {path, bytes} of which one is set: a path beside bytes is but a name."""
     kind = pa.struct([pa.field("path", pa.string()), pa.field("bytes", pa.binary())])
     chunks = []
@@ -280,7 +287,7 @@ def _canonical(dataset: Dataset, audio: bool, minimum_seconds: float, problems: 
         return dataset
     chunks = dataset.data.column("audio").chunks
     inside = [there for chunk in chunks for there in pc.is_valid(pc.struct_field(chunk, "bytes")).to_pylist()]
-    paths = [recording["path"] for recording in _Columns(dataset)["audio"]]
+    paths = [recording["path"] for recording in Columns(dataset)["audio"]]
     seconds = dataset.with_format("numpy")["duration"][:]
     kept, missing = [], []
     for row, clip in enumerate(dataset["id"]):
