@@ -164,7 +164,10 @@ FINE_TUNING = {
 VOTING = {"labels": ["Angry", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise", "Other"]}
 VOTES = {"annotators": 5, "fewest": 12}
 # The recipe's own choice of these does not hold in a fold.
-NOT_OF_A_RECIPE = ("corpus", "data_dir", "corpus_options", "audio_backbone", "cache_features", "output_dir", "seed")
+NOT_OF_A_RECIPE = (
+    *("corpus", "data_dir", "corpus_options", "audio_backbone", "audio_backbone_id", "cache_features", "output_dir"),
+    "seed",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
