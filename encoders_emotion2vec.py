@@ -33,7 +33,7 @@ from .layers_sailer import (
     one_below_the_other,
     plain_loss,
 )
-from .linear_sailer import onednn_linear
+from .linear_sailer import tower_kernels
 
 if TYPE_CHECKING:
     # So that a classifier's pipeline and processor, which import this file, are saved with it.
@@ -291,7 +291,7 @@ class Emotion2VecEncoder(nn.Module):
             the normalised input and each block's output, of the shape of `states`.
         """
         config, collected = self.config, [self.prenet_dropout(self.layer_norm(states))]
-        with onednn_linear("auto", self):
+        with tower_kernels("auto", self):
             for index, layer in enumerate(self.layers):
                 states = self.input_dropout(collected[-1]) if index == config.prenet_layers else collected[-1]
                 drop = config.prenet_layerdrop if index < config.prenet_layers else config.layerdrop

@@ -33,6 +33,8 @@ logger = logging.get_logger(__name__)
 
 # Their states were shown (tests/test_encoders.py) not to change with padding, if `masks_padding` holds.
 MASKED = ("emotion2vec", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wavlm")
+# Text towers that take a mask as attention wants it, and then leave it alone.
+MASKED_BY_SDPA = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
 # What follows their layers changes the number of frames, so that the layers' own states are weighted.
 RESAMPLED = ("sew", "sew-d")
 ADVICE = "Give a Hub id or a folder with config.json and model.safetensors (or pytorch_model.bin)."
@@ -128,6 +130,13 @@ class FusedWavLMModel(WavLMModel):
         for module in self.modules():
             if type(module) is WavLMAttention:
                 module.__class__ = FusedWavLMAttention  # the same parts under the same names
+
+    def _get_feature_vector_attention_mask(
+        self, feature_vector_length: int, attention_mask: torch.Tensor, add_adapter: bool | None = None
+    ) -> torch.Tensor:
+        """As transformers', by a comparison: its own writes into a tensor, for which the host waits."""
+        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1), add_adapter=add_adapter)
+        return torch.arange(feature_vector_length, device=lengths.device) < lengths.unsqueeze(1)
 
 
 def masks_padding(config: PretrainedConfig) -> bool:
@@ -231,6 +240,16 @@ def whisper_positions(attention_mask: torch.Tensor, length: int) -> torch.Tensor
     stride 2)."""
     # Gathered: a slice that may or may not cut makes two graphs.
     return attention_mask[:, 2 * torch.arange(length, device=attention_mask.device)].bool()
+
+
+def text_mask(encoder: PreTrainedModel, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mask over tokens (batch, tokens) as a text tower takes it: for those of BERT's family on a GPU what their
+    attention makes of it, (batch, 1, 1, tokens), since transformers looks first whether there is padding at all, for
+    which the host waits."""
+    config = encoder.config
+    if attention_mask.device.type == "cpu" or config.model_type not in MASKED_BY_SDPA:
+        return attention_mask
+    return attention_mask.bool()[:, None, None] if config._attn_implementation == "sdpa" else attention_mask
 
 
 def transformer_layers(encoder: PreTrainedModel) -> nn.ModuleList:

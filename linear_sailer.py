@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 ONEDNN_LINEAR = ("auto", "on", "off")
@@ -29,6 +30,19 @@ LEAST_GAIN = 1.2
 _plain = nn.functional.linear
 _measuring = threading.Lock()
 _within = threading.local()
+
+
+def tower_kernels(choice: str, tower: nn.Module) -> AbstractContextManager:
+    """Within it a tower runs with the kernels that suit it: on a CPU see `onednn_linear`; on a GPU attention is not
+    cuDNN's, which makes a plan for every new shape: clips and transcripts of all lengths then take three times as long
+    (an H100, torch 2.11; benchmarks/gpu.py).
+    """
+    # First, so that a compiler sees nothing of what follows.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return nullcontext()
+    if any(parameter.device.type == "cuda" for parameter in tower.parameters()):
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return onednn_linear(choice, tower)
 
 
 def onednn_linear(choice: str, tower: nn.Module) -> AbstractContextManager:
@@ -188,4 +202,4 @@ def _one_of(option: str, value: str) -> str:
     return value
 
 
-__all__ = ["is_available", "measured_gain", "onednn_linear"]
+__all__ = ["is_available", "measured_gain", "onednn_linear", "tower_kernels"]

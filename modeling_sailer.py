@@ -23,6 +23,7 @@ from .encoders_sailer import (
     keep_layers,
     load_encoder,
     speech_width,
+    text_mask,
     transformer_layers,
 )
 from .layers_sailer import (
@@ -37,7 +38,7 @@ from .layers_sailer import (
     plain_loss,
     pool_frames,
 )
-from .linear_sailer import onednn_linear
+from .linear_sailer import tower_kernels
 from .pipeline_sailer import SpeechEmotionPipeline  # noqa: F401 - so that save_pretrained takes the file along
 
 logger = logging.get_logger(__name__)
@@ -299,7 +300,7 @@ class SailerModel(SailerPreTrainedModel):
         """
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.config, "audio")),
-            onednn_linear(self.config.onednn_linear, self.audio_encoder),
+            tower_kernels(self.config.onednn_linear, self.audio_encoder),
         ):
             return encode_audio(
                 self.audio_encoder,
@@ -315,10 +316,11 @@ class SailerModel(SailerPreTrainedModel):
         if text_attention_mask is None:
             text_attention_mask = torch.ones_like(input_ids)
         is_empty = text_attention_mask.sum(1, keepdim=True) == 0
-        visible = text_attention_mask.masked_fill(is_empty, 1)  # attention over nothing would be NaN
+        # Attention over nothing would be NaN.
+        visible = text_mask(self.text_encoder, text_attention_mask.masked_fill(is_empty, 1))
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.config, "text")),
-            onednn_linear(self.config.onednn_linear, self.text_encoder),
+            tower_kernels(self.config.onednn_linear, self.text_encoder),
         ):
             outputs = self.text_encoder(input_ids=input_ids, attention_mask=visible, output_hidden_states=True)
             states = all_hidden_states(outputs)

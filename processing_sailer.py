@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ TAIL_HOPS = 2
 # decades, as that far.
 LOWEST_POWER, DYNAMIC_RANGE = 1e-10, 8.0
 AUDIO_PADDING = ("longest", "max_length")
+
+_filters: WeakKeyDictionary[Any, tuple[np.ndarray, dict[torch.device, torch.Tensor]]] = WeakKeyDictionary()
 
 
 class SailerProcessor(ProcessorMixin):
@@ -218,8 +221,7 @@ class SailerProcessor(ProcessorMixin):
         spectrum = spectrum[..., :-1]
         # Not the squared magnitude, which takes four times as long to guard against an overflow that cannot be.
         power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-        filters = torch.from_numpy(extractor.mel_filters).to(device, torch.float32)
-        decades = (filters.T @ power).clamp_(min=LOWEST_POWER).log10_()
+        decades = (_mel_filters(extractor, device).T @ power).clamp_(min=LOWEST_POWER).log10_()
         floor = decades.amax(dim=(-2, -1), keepdim=True) - DYNAMIC_RANGE
         return torch.maximum(decades, floor).add_(4).div_(4)
 
@@ -438,6 +440,18 @@ class SailerEnsembleProcessor(ProcessorMixin):
 
 # The classes that an ensemble's members load with, by the model_type of their config.json.
 MEMBER_PROCESSORS = {"sailer": SailerProcessor}
+
+
+def _mel_filters(extractor: WhisperFeatureExtractor, device: torch.device) -> torch.Tensor:
+    """The extractor's filters (frequencies, mels) on a device: taken there once, as a copy from NumPy's memory has the
+    host wait for a GPU."""
+    source, places = _filters.get(extractor, (None, {}))
+    if source is not extractor.mel_filters:
+        source, places = extractor.mel_filters, {}
+        _filters[extractor] = source, places
+    if device not in places:
+        places[device] = torch.from_numpy(source).to(device, torch.float32)
+    return places[device]
 
 
 def drop_code(folder: str) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer, WavLMModel
 
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
-from sailer.encoders_sailer import build_encoder, load_encoder
+from sailer.encoders_sailer import build_encoder, load_encoder, text_mask
 from sailer.inference.export import ExportError, trace
 from sailer.layers_sailer import FrameNorm
 from sailer.training.tiny_backbones import make_tiny_wavlm
@@ -198,3 +198,16 @@ def test_an_encoder_that_goes_by_length_is_refused_by_name(tmp_path: Path) -> No
     model, processor = build(make_tiny_wavlm(tmp_path / "wavlm", norm="group"), None)
     with pytest.raises(ExportError, match="A 'wavlm' encoder of this configuration is run on clips of one length"):
         trace(model, inputs(processor, 1.0, 0.7))
+
+
+def test_a_text_towers_mask_on_a_gpu_is_one_that_nobody_looks_into(tiny_sailer: Path) -> None:
+    tower = SailerForAudioClassification.from_pretrained(tiny_sailer).eval().sailer.text_encoder
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 5, 1, 1]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert text_mask(tower, mask) is mask
+    assert text_mask(tower, mask.to("meta")).shape == (2, 1, 1, 4)
+    with torch.no_grad():
+        expected = tower(input_ids=tokens, attention_mask=mask).last_hidden_state
+        states = tower(input_ids=tokens, attention_mask=mask.bool()[:, None, None]).last_hidden_state
+    torch.testing.assert_close(states[0], expected[0])
+    torch.testing.assert_close(states[1, :2], expected[1, :2])
