@@ -135,7 +135,8 @@ class FusedWavLMModel(WavLMModel):
         self, feature_vector_length: int, attention_mask: torch.Tensor, add_adapter: bool | None = None
     ) -> torch.Tensor:
         """As transformers', by a comparison: its own writes into a tensor, for which the host waits."""
-        lengths = self._get_feat_extract_output_lengths(attention_mask.sum(-1), add_adapter=add_adapter)
+        own: Any = attention_mask.sum(-1)
+        lengths = self._get_feat_extract_output_lengths(own, add_adapter=add_adapter)
         return torch.arange(feature_vector_length, device=lengths.device) < lengths.unsqueeze(1)
 
 
