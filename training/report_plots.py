@@ -122,7 +122,8 @@ def plot_matrix(
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel="judged on", ylabel="system")
-    figure.colorbar(image, label=f"unweighted average recall (chance {chance:.2f})")
+    axes.set_title(f"unweighted average recall (chance {chance:.2f})", fontsize="medium")
+    figure.colorbar(image)
     return save_figure(figure, path)
 
 
