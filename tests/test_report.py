@@ -74,6 +74,12 @@ def test_figures_have_intervals_differences_and_groups(reported: Path) -> None:
     assert len(ensemble["differences"]) == 2 and not first.get("differences")
     compared = ensemble["differences"][next(iter(figures))]["macro_f1"]
     assert compared["difference"] == pytest.approx(ensemble["macro_f1"] - first["macro_f1"])
+    shared = {"macro_f1", "accuracy", "min_map", "uar", "kl", "js", "ece", "natural_kl", "natural_js", "natural_ece"}
+    for system, others in ((second, 1), (ensemble, 2)):  # every figure that both have, of every pair
+        assert len(system["differences"]) == others
+        for found in system["differences"].values():
+            assert shared <= set(found) <= set(system["intervals"])
+            assert all(difference["interval"] for difference in found.values())
     assert second["scored_clips"] == 24 and "loss" in first
     groups = ensemble["groups"]
     expected = {"sex": 2, "age": 4, "duration": 2, "agreement": 1, "speaker": 6}

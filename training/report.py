@@ -45,8 +45,6 @@ TITLES = {
     "sex_accuracy": "Accuracy, speaker's sex",
     "age_mae": "Mean absolute error of the age (years)",
 }
-PAPERS = ("macro_f1", "accuracy", "min_map")
-COMPARED = (*PAPERS, "kl", "ccc")
 WORST = 20
 EMBEDDED_SECONDS = 60.0
 FEW = 10  # speakers: with fewer, intervals and p say little
@@ -113,8 +111,8 @@ def add_intervals(
     for one, other in combinations(systems, 2):
         differences = {
             name: resampling.compare(other.replicates[name], one.replicates[name])
-            for name in COMPARED
-            if name in one.replicates and name in other.replicates
+            for name in TITLES
+            if all(np.isfinite(system.replicates.get(name, [np.nan])[0]) for system in (one, other))
         }
         other.figures.setdefault("differences", {})[one.name] = differences
     return resampling
