@@ -370,6 +370,14 @@ class LoraTowers(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         save_adapters(self, save_directory)
 
+    def freeze_towers(self) -> None:
+        """Take the gradients off what the configuration freezes of the towers."""
+        base: Any = getattr(self, "sailer", self)
+        for tower, trained in base.frozen_towers():
+            tower.requires_grad_(False)
+            for layer in trained:
+                layer.requires_grad_(True)
+
     def add_lora(
         self,
         audio: dict[str, Any] | None = None,

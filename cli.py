@@ -276,6 +276,11 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--timeline", action="store_true", help="a row per window, and a PNG of the emotions over time")
     added.add_argument("--submission", choices=("categorical", "attributes"), help="write the challenge's file too")
     added.add_argument("--file_list", type=Path, metavar="FILE", help="judge just these: a CSV with a column FileName")
+    added.add_argument(
+        "--speaker_from",
+        metavar="WHERE",
+        help="adapt to each speaker's other recordings: folder, or a column of the --file_list",
+    )
     added.add_argument("--embeddings", type=Path, metavar="FILE", help="save the embeddings too")
     added.add_argument(
         "--min_confidence", type=float, default=0.0, metavar="P", help="mark clips below it as undecided"

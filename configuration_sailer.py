@@ -31,7 +31,7 @@ TARGET_WEIGHTINGS = ("none", "product", "normalized")
 NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")
 OF_THE_LABELS = (
     *("majority_labels", "scored_labels", "label_weights", "label_prior"),
-    *("target_weighting", "calibration_temperature", "conformal"),
+    *("target_weighting", "calibration_temperature", "conformal", "speaker_reference"),
 )
 
 AUTO_MAP = {
@@ -78,10 +78,8 @@ class SailerConfig(PretrainedConfig):
             `"weighted_norm"` (each layer-normalised first).
         hidden_size (`int`, defaults to 256): filters of the 1x1 convolutions and width of each MLP's hidden layer.
         conv_dropout (`float`, defaults to 0.1): dropout between the convolutions.
-        frame_pooling (`int`, defaults to 1): speech frames that are averaged into one before the convolutions (the
-            paper's convolutions see every frame).
-        frame_norm (`bool`, defaults to `False`): batch-normalise the speech frames before the convolutions (not the
-            paper's).
+        frame_pooling (`int`, defaults to 1): speech frames averaged into one before the convolutions (paper: none).
+        frame_norm (`bool`, defaults to `False`): batch-normalise speech frames before the convolutions (paper: no).
         heads (sequence of `str`): outputs to build, of `"primary"`, `"secondary"`, `"attributes"`, `"sex"`, `"age"`.
         freeze_audio, freeze_text (`bool`, default to `True`): whether the towers stay as they were loaded.
         labels (sequence of `str`, *optional*): primary emotions; the nine of MSP-Podcast by default (or `id2label`).
@@ -110,6 +108,7 @@ class SailerConfig(PretrainedConfig):
         onednn_linear (`str`, defaults to `"auto"`): whether the towers' float32 products on a CPU are done by oneDNN:
             `"on"`, `"off"`, or `"auto"`, where that was measured to be faster than torch's own choice. It is of the
             machine, not of the system: it is not saved, and the environment's SAILER_ONEDNN says what `"auto"` means.
+        speaker_reference (`bool`, defaults to `False`): whether the weights hold the mean voice, for `adapt`.
 
     Raises:
         ValueError: an option outside its range, or a label list that contradicts another; the message names it.
@@ -149,6 +148,7 @@ class SailerConfig(PretrainedConfig):
         conformal: Mapping[str, Any] | None = None,
         text_dropout: float = 0.0,
         onednn_linear: str = "auto",
+        speaker_reference: bool = False,
         **kwargs: Any,
     ) -> None:
         lists = {"heads": heads, "labels": labels, "majority_labels": majority_labels, "scored_labels": scored_labels}
@@ -178,7 +178,7 @@ class SailerConfig(PretrainedConfig):
         self.label_prior = _shares("label_prior", label_prior)
         self.calibration_temperature = calibration_temperature
         self.text_dropout = text_dropout
-        self.onednn_linear = onednn_linear
+        self.onednn_linear, self.speaker_reference = onednn_linear, speaker_reference
 
         if labels is not None:
             kwargs["id2label"] = dict(enumerate(labels))

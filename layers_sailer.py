@@ -1,9 +1,16 @@
 """What stands between the towers and the outputs, in the order data flows, the outputs and the plain loss; and what an
-encoder of our own is built of."""
+encoder of our own is built of.
+
+Adaptation to a speaker stands here too: how recordings, without labels, deviate from the mean voice is taken off every
+frame that the head is given. What a recording's emotion adds is estimated by the system's own probabilities and left
+out, so that recordings of one emotion alone do not pass for the voice."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +20,9 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 from transformers.utils import ModelOutput
 
 UNKNOWN_LABEL = -100
+# Recordings' worth of doubt about a voice: of its deviation n / (n + this) is taken off, known from n of them.
+DOUBT = 2.0
+FEWEST_SPEAKERS = 4  # that a mean voice is learned from
 LEAST_SCORE = -30000.0  # so low that the softmax is zero, and within half precision's range
 
 
@@ -91,6 +101,78 @@ class FrameNorm(nn.BatchNorm1d):
                     self.num_batches_tracked.add_(1)
         normalised = (states - mean) * (variance + self.eps).rsqrt()
         return torch.where(own, normalised.to(states.dtype), states)
+
+
+class SpeakerReference(nn.Module):
+    """What a voice is compared with: the mean voice, and how far each emotion lies from a speaker's own mean.
+
+    Buffers: `mean` (width,), the mean over speakers of the mean of their recordings; `offsets` (labels, width).
+    """
+
+    mean: torch.Tensor
+    offsets: torch.Tensor
+
+    def __init__(self, width: int, labels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("offsets", torch.zeros(labels, width))
+
+    def deviations(self, means: torch.Tensor, probabilities: torch.Tensor | None) -> torch.Tensor:
+        """How far recordings are from the mean voice, less what their emotions add.
+
+        Args:
+            means: (recordings, width), the means of their speech.
+            probabilities: (recordings, labels) of their emotions; None where a system has no such head.
+        """
+        deviations = means - self.mean.to(means)
+        return deviations if probabilities is None else deviations - probabilities @ self.offsets.to(means)
+
+    @torch.no_grad()
+    def fit(self, means: torch.Tensor, probabilities: torch.Tensor | None, speakers: Sequence[str]) -> None:
+        """Learn it from recordings (see `deviations`) of several speakers.
+
+        Each speaker counts once in the mean. An emotion's offset is the mean of the recordings' distances from their
+        speaker's mean, weighted by the emotion's probability.
+
+        Raises:
+            ValueError: fewer than four speakers.
+        """
+        names = sorted(set(speakers))
+        if len(names) < FEWEST_SPEAKERS:
+            raise ValueError(
+                f"The mean voice is to be learned from {len(names)} speakers {names[:3]}: give recordings of "
+                f"{FEWEST_SPEAKERS} at least, several of each."
+            )
+        rows = torch.tensor([names.index(speaker) for speaker in speakers])
+        one_hot = nn.functional.one_hot(rows, len(names)).to(means)
+        centres = one_hot.T @ means / one_hot.sum(0).unsqueeze(1)
+        self.mean.copy_(centres.mean(0))
+        self.offsets.zero_()
+        if probabilities is not None:
+            weights = probabilities / probabilities.sum(0).clamp(min=1e-6)
+            self.offsets.copy_(weights.T.to(means) @ (means - centres[rows]))
+
+
+@dataclass(frozen=True)
+class SpeakerStatistics:
+    """What is known of a voice: the sum (width,) of its recordings' deviations, and how many there are."""
+
+    total: torch.Tensor
+    count: int = 0
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """What is subtracted from every frame (width,): the mean deviation, shrunk to n / (n + 2) of n recordings."""
+        return self.total / (self.count + DOUBT)
+
+    @classmethod
+    def of(cls, deviations: torch.Tensor) -> SpeakerStatistics:
+        """Those of recordings, from their deviations (recordings, width)."""
+        return cls(deviations.sum(0), len(deviations))
+
+    def without(self, deviation: torch.Tensor) -> SpeakerStatistics:
+        """Those of all recordings but one, whose deviation is given."""
+        return SpeakerStatistics(self.total - deviation, self.count - 1)
 
 
 class AudioProjection(nn.Sequential):
@@ -234,10 +316,12 @@ class SailerModelOutput(ModelOutput):
     embeddings (batch, hidden_size [+ text width]): the fused clip embedding that the heads see.
     hidden_states: with `output_hidden_states`, the speech encoder's, (batch, frames, width) each: its input embedding
     and every layer's output, the last as the encoder gives it.
+    speech_means (batch, width): of the frames that the head sees, before a speaker's deviation is taken off.
     """
 
     embeddings: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    speech_means: torch.Tensor | None = None
 
 
 @dataclass
@@ -245,8 +329,8 @@ class SailerClassifierOutput(ModelOutput):
     """
     loss (): plain KL divergence from `labels` to softmax(logits), or cross-entropy of class ids, if labels were given.
     logits (batch, labels); secondary_logits (batch, secondary labels); attributes (batch, 3): arousal, valence and
-    dominance in [0, 1]; sex_logits (batch, 2); age (batch,) in years; embeddings and hidden_states as in
-    `SailerModelOutput`.
+    dominance in [0, 1]; sex_logits (batch, 2); age (batch,) in years; embeddings, hidden_states and speech_means
+    as in `SailerModelOutput`.
     """
 
     loss: torch.Tensor | None = None
@@ -257,6 +341,7 @@ class SailerClassifierOutput(ModelOutput):
     age: torch.Tensor | None = None
     embeddings: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    speech_means: torch.Tensor | None = None
 
 
 @dataclass
@@ -288,6 +373,52 @@ def label_probabilities(config: Any, logits: torch.Tensor, prior: str) -> torch.
         weights = torch.tensor(config.label_weights, device=logits.device)
         logits = torch.where(weights > 0, logits - weights.clamp(min=1e-12).log(), -torch.inf)
     return (logits / config.calibration_temperature).softmax(-1)
+
+
+def check_adaptable(model: Any) -> None:
+    """Raises ValueError, which says why, where a system cannot be adapted to speakers."""
+    if not isinstance(getattr(model, "sailer", None), nn.Module):
+        raise ValueError(
+            f"A {type(model).__name__} cannot be adapted to speakers: a single system in torch can (backend='torch'; "
+            "of an ensemble, each member by itself)."
+        )
+
+
+def set_reference(
+    model: Any, means: torch.Tensor, probabilities: torch.Tensor | None, speakers: Sequence[str]
+) -> None:
+    """Give a system the mean voice, see `SpeakerReference.fit`."""
+    reference = SpeakerReference(means.shape[1], len(model.config.labels))
+    reference.fit(means, probabilities, speakers)
+    model.sailer.speaker_reference = reference.to(model.device)
+    model.config.speaker_reference = True
+
+
+def reference_of(model: Any) -> SpeakerReference:
+    """What a system compares voices with.
+
+    Raises:
+        ValueError: it has none, or is no single system in torch; the message says what to do.
+    """
+    check_adaptable(model)
+    reference = getattr(model.sailer, "speaker_reference", None)
+    if reference is None:
+        raise ValueError(
+            "This system does not know the mean voice, which speakers are compared with: call "
+            "learn_mean_voice(recordings, speakers) with recordings of several speakers, no labels needed."
+        )
+    return reference
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of what statistics hold for: the choice of layers, and the mean voice that they gave."""
+    reference, config = reference_of(model), model.config
+    digest = hashlib.sha256(json.dumps([config.audio_config.model_type, config.audio_layers, config.labels]).encode())
+    weights = getattr(model.sailer, "audio_layer_weights", None)
+    for tensor in (reference.mean, reference.offsets, *(weights.parameters() if weights is not None else ())):
+        # As exact as half precision, in which the same system may be loaded.
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -326,13 +457,19 @@ __all__ = [
     "SailerClassifierOutput",
     "SailerEnsembleOutput",
     "SailerModelOutput",
+    "SpeakerReference",
+    "SpeakerStatistics",
     "alibi_bias",
     "alibi_slopes",
+    "check_adaptable",
     "drop_path",
+    "fingerprint",
     "label_probabilities",
     "masked_mean",
     "one_below_the_other",
     "plain_loss",
     "pool_frames",
     "pool_states",
+    "reference_of",
+    "set_reference",
 ]

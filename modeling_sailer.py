@@ -33,6 +33,7 @@ from .layers_sailer import (
     PredictionHead,
     SailerClassifierOutput,
     SailerModelOutput,
+    SpeakerReference,
     label_probabilities,
     masked_mean,
     plain_loss,
@@ -145,15 +146,6 @@ class SailerPreTrainedModel(LoraTowers, PreTrainedModel):
         if push is not None:
             self.push_to_hub(**push, token=kwargs.get("token"))
 
-    def freeze_towers(self) -> None:
-        """Take the gradients off what the configuration freezes of the towers."""
-        for module in self.modules():
-            if isinstance(module, SailerModel):
-                for tower, trained in module.frozen_towers():
-                    tower.requires_grad_(False)
-                    for layer in trained:
-                        layer.requires_grad_(True)
-
 
 class SailerModel(SailerPreTrainedModel):
     """
@@ -186,6 +178,8 @@ class SailerModel(SailerPreTrainedModel):
         width = speech_width(config.audio_config, config.audio_layers)
         if config.frame_norm:
             self.audio_frame_norm = FrameNorm(width)
+        if config.speaker_reference:
+            self.speaker_reference = SpeakerReference(width, len(config.labels))
         self.audio_projection = AudioProjection(width, config.hidden_size, config.conv_dropout)
         self.text_encoder: PreTrainedModel | None = None
         if config.text_config is not None:
@@ -225,6 +219,7 @@ class SailerModel(SailerPreTrainedModel):
         audio_hidden_states: torch.Tensor | None = None,
         pooled_hidden_states: torch.Tensor | None = None,
         text_hidden_states: torch.Tensor | None = None,
+        speaker_shift: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
     ) -> SailerModelOutput:
         """
@@ -239,6 +234,7 @@ class SailerModel(SailerPreTrainedModel):
             pooled_hidden_states: what `pool_states` makes of them, (batch, [layers,] groups, width); `attention_mask`
                 is then how many of a clip's frames each group holds.
             text_hidden_states: (batch, layers, width), means over each transcript's tokens, instead of input_ids.
+            speaker_shift: (batch, width), taken off each clip's speech frames (`SpeakerStatistics.shift`).
             output_hidden_states: also return the speech encoder's hidden states; the configuration's by default.
             return_dict: False returns a tuple.
 
@@ -268,6 +264,8 @@ class SailerModel(SailerPreTrainedModel):
             mask = states.new_ones(states.shape[:2], dtype=torch.long)
         if self.config.frame_pooling > 1 and not is_pooled:
             states, mask = pool_frames(states, mask, self.config.frame_pooling)
+        speech_means = masked_mean(states, mask)
+        states = states if speaker_shift is None else states - speaker_shift.to(states).unsqueeze(1)
         if self.config.frame_norm:
             states = self.audio_frame_norm(states, mask)
         projected = self.audio_projection(states.transpose(1, 2)).transpose(1, 2)
@@ -282,7 +280,7 @@ class SailerModel(SailerPreTrainedModel):
             embeddings = torch.cat([embeddings, text], dim=-1)
         elif input_ids is not None or text_hidden_states is not None:
             raise ValueError("This is a speech-only system: it takes no input_ids.")
-        return SailerModelOutput(embeddings=embeddings, hidden_states=hidden_states)
+        return SailerModelOutput(embeddings=embeddings, hidden_states=hidden_states, speech_means=speech_means)
 
     def audio_hidden_states(
         self, audio: torch.Tensor, attention_mask: torch.Tensor | None = None, all_layers: bool | None = None
@@ -380,6 +378,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         text_hidden_states: torch.Tensor | None = None,
         mixup_permutation: torch.Tensor | None = None,
         mixup_lambda: torch.Tensor | None = None,
+        speaker_shift: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         **auxiliary_targets: torch.Tensor | None,
@@ -392,7 +391,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
                 ids, -100 is unknown.
             mixup_permutation, mixup_lambda: (batch,) each: the embedding of clip i becomes lambda_i * e_i +
                 (1 - lambda_i) * e_permutation(i) (manifold mixup, https://arxiv.org/abs/1806.05236).
-            output_hidden_states, return_dict: see `SailerModel.forward`.
+            speaker_shift, output_hidden_states, return_dict: see `SailerModel.forward`.
             output_attentions: not to be had: the towers' fast attention keeps none.
             auxiliary_targets: secondary_labels, attribute_labels, sex_labels and age_labels are taken so that any
                 Trainer may pass them; the training objective over them is `sailer.training.losses.SailerObjective`.
@@ -404,11 +403,10 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             ValueError: labels of another shape or outside the classes, or an output that cannot be had.
             TypeError: an unknown argument (the message names the nearest).
         """
-        for name in auxiliary_targets:
-            if name not in AUXILIARY_LABELS:
-                known = [*inspect.signature(type(self).forward).parameters, *AUXILIARY_LABELS]
-                near = difflib.get_close_matches(name, known, 1)
-                raise TypeError(f"Unknown argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+        for name in set(auxiliary_targets).difference(AUXILIARY_LABELS):
+            known = (*inspect.signature(type(self).forward).parameters, *AUXILIARY_LABELS)
+            near = difflib.get_close_matches(name, known, 1)
+            raise TypeError(f"Unknown argument {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
         if output_attentions:
             raise ValueError("output_attentions is not supported: call model.sailer.audio_encoder for its attentions.")
         fused = self.sailer(
@@ -420,6 +418,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             audio_hidden_states=audio_hidden_states,
             pooled_hidden_states=pooled_hidden_states,
             text_hidden_states=text_hidden_states,
+            speaker_shift=speaker_shift,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
@@ -445,6 +444,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             age=age,
             embeddings=embeddings,
             hidden_states=fused.hidden_states,
+            speech_means=fused.speech_means,
         )
 
     def probabilities(self, logits: torch.Tensor, prior: str = "balanced") -> torch.Tensor:

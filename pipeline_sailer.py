@@ -7,6 +7,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,24 @@ from transformers.utils import logging
 from .audio_sailer import MINIMUM_SECONDS, read_audio
 from .configuration_sailer import ATTRIBUTES, SailerConfig
 from .processing_sailer import SailerProcessor
-from .windows_sailer import ITEM_ERRORS, Clip, count_of, cut_windows, run_ahead, set_of
+from .windows_sailer import (
+    ITEM_ERRORS,
+    Clip,
+    KnowsSpeakers,
+    count_of,
+    cut_windows,
+    run_ahead,
+    set_of,
+    shifts_of,
+    with_speakers,
+)
 
 logger = logging.get_logger(__name__)
 
 PRIORS = ("balanced", "natural")
 FUNCTIONS = ("softmax", "none")
 ON_ERROR = ("raise", "return")
-PREPROCESS = ("chunk_length_s", "stride_length_s", "transcriber")
+PREPROCESS = ("chunk_length_s", "stride_length_s", "transcriber", "speaker", "speaker_key")
 SETS = ("prior", "function_to_apply", "coverage", "coverage_by_class")  # options that say what a set is made of
 POSTPROCESS = ("top_k", "return_all", "return_embedding", "return_timestamps", *SETS)
 # Clips of like length are looked for among this many batches; results wait no longer than that.
@@ -33,7 +44,7 @@ BUFFERED_BATCHES = 8
 CPU_SECONDS = 30.0
 
 
-class SpeechEmotionPipeline(Pipeline):
+class SpeechEmotionPipeline(KnowsSpeakers, Pipeline):
     """
     Emotions of recordings (task `"audio-classification"`).
 
@@ -122,6 +133,9 @@ class SpeechEmotionPipeline(Pipeline):
             return_timestamps: give one result per window, `{"timestamp": (start, end), ...}`, not their mean weighted
                 by duration.
             transcriber: a speech-recognition pipeline, or its model's id, for inputs without a transcript.
+            speaker: whose voice it is, by a name that `adapt` was given; of many inputs one name for all of them or a
+                list, None for those whose speaker is not known.
+            speaker_key: where each input is a dict that names its speaker itself, under which key.
 
         Returns:
             `[{"label", "score"}, ...]` by falling score; for a system without emotions its attributes (arousal,
@@ -163,14 +177,15 @@ class SpeechEmotionPipeline(Pipeline):
         Args:
             items: recordings, as in `__call__`; they may be endless.
             batch_size, num_workers: see `__call__`.
-            options: `chunk_length_s`, `stride_length_s` and `transcriber`.
+            options: `chunk_length_s`, `stride_length_s`, `transcriber`, `speaker` and `speaker_key`.
 
         Yields:
             A `Clip` per recording, in the order given; `error` is set where a recording cannot be used.
         """
         size = count_of("batch_size", batch_size if batch_size is not None else self._batch_size or 1, 1)
         workers = count_of("num_workers", num_workers if num_workers is not None else self._num_workers or 0, 0)
-        return self._encode(items, size, workers, self._preprocess_params | options)
+        options = self._preprocess_params | options
+        return self._encode(with_speakers(items, options.pop("speaker", None)), size, workers, options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         for name in options:
@@ -286,12 +301,16 @@ class SpeechEmotionPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
-    def _encode(self, items: Iterable[Any], batch_size: int, workers: int, options: dict[str, Any]) -> Iterator[Clip]:
-        transcriber = self._transcriber(options.get("transcriber"))
+    def _encode(
+        self, items: Iterable[tuple[Any, Any]], batch_size: int, workers: int, options: dict[str, Any]
+    ) -> Iterator[Clip]:
+        transcriber, key = self._transcriber(options.get("transcriber")), options.pop("speaker_key", None)
 
-        def prepare(item: Any) -> Clip:
+        def prepare(named: tuple[Any, Any]) -> Clip:
+            item, speaker = named
             try:
-                return self.preprocess(item, **options)
+                shift = self.speaker_of(speaker, item, key)
+                return replace(self.preprocess(item, **options), speaker_shift=shift)
             except Exception as error:  # whatever it is, it is this item's alone
                 return Clip(error=error)
 
@@ -349,7 +368,7 @@ class SpeechEmotionPipeline(Pipeline):
             sampling_rate=self.processor.sampling_rate,
             device=self.device if self.device.type == "cuda" else "cpu",
         )
-        return self.forward(inputs)
+        return self.forward(inputs | shifts_of(clip for clip, _ in batch))
 
     def _texts(
         self, batch: list[tuple[Clip, int]], waveforms: list[np.ndarray], transcriber: Callable | None

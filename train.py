@@ -47,6 +47,7 @@ from sailer.training.groups import View, by_kind, group_report, group_section, l
 from sailer.training.losses import SailerObjective, label_prior, label_weights
 from sailer.training.plots import plot_training
 from sailer.training.report_plots import plot_groups
+from sailer.training.speakers import learn_mean_voice
 from sailer.training.streams import streamed_clips
 from sailer.training.teaching import targets_of, taught
 from sailer.training.trainer import SplitPrediction
@@ -422,6 +423,8 @@ def fit(job: Job) -> SailerTrainer:
         identity=run_identity(settings, job.corpus, args.world_size),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if not settings.data.streaming:  # whose clips are heard in the archives' order, not looked up
+        learn_mean_voice(trainer, job.train_rows, args.seed)
     if trainer.is_world_process_zero() and args.load_best_model_at_end:
         if trainer.state.best_global_step is None:
             logger.warning(

@@ -1,10 +1,12 @@
 """A recording on its way through the pipeline: cut into windows, prepared ahead of the model, outputs as they come,
-and at last the set of emotions that its scores leave possible."""
+and at last the set of emotions that its scores leave possible; and what the pipeline knows of speakers."""
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +15,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.utils import logging
+
+from .layers_sailer import SpeakerStatistics, check_adaptable, fingerprint, reference_of, set_reference
+
+logger = logging.get_logger(__name__)
 
 Number = TypeVar("Number", int, float)
 
@@ -34,6 +43,7 @@ class Clip:
     error: Exception | None = None
     texts: dict[int, str] = field(default_factory=dict)
     outputs: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    speaker_shift: torch.Tensor | None = None
 
     @property
     def is_done(self) -> bool:
@@ -247,7 +257,218 @@ def check_conformal(conformal: Any, labels: Sequence[str]) -> dict[str, Any] | N
     return dict(conformal)
 
 
+class Speakers(Mapping[str, SpeakerStatistics]):
+    """The speakers that a system knows, by name; they hold for that system and its choice of layers alone.
+
+    Args:
+        model: a `SailerForAudioClassification` with a `SpeakerReference`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._known: dict[str, SpeakerStatistics] = {}
+
+    def __getitem__(self, name: str) -> SpeakerStatistics:
+        return self._known[name]
+
+    def __setitem__(self, name: str, statistics: SpeakerStatistics) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"A speaker's name is {name!r}; give some text.")
+        self._known[name] = statistics
+
+    def __delitem__(self, name: str) -> None:
+        del self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def forget(self) -> None:
+        """All of them: their deviations are from a mean voice that holds no longer."""
+        self._known.clear()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write them as safetensors: the sums (speakers, width), the counts (speakers,), the names in its header."""
+        names, width = list(self._known), len(reference_of(self._model).mean)
+        tensors = {
+            "total": torch.stack([torch.zeros(width), *(self._known[name].total for name in names)])[1:],
+            "count": torch.tensor([self._known[name].count for name in names], dtype=torch.long),
+        }
+        beside = f"{os.fspath(path)}.{os.getpid()}.partial"
+        try:
+            save_file(tensors, beside, metadata={"names": json.dumps(names), "system": fingerprint(self._model)})
+            os.replace(beside, path)
+        finally:
+            if os.path.exists(beside):
+                os.remove(beside)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Read what `save` wrote, beside the speakers that are known; of one name the read one holds.
+
+        Raises:
+            ValueError: no such file of statistics, or one of another system, layer choice or mean voice.
+        """
+        try:
+            with safe_open(path, framework="pt") as stored:
+                facts = stored.metadata() or {}
+                names, system = json.loads(facts["names"]), facts["system"]
+                total, count = stored.get_tensor("total"), stored.get_tensor("count").tolist()
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as statistics of speakers ({error}).") from error
+        if system != fingerprint(self._model):
+            raise ValueError(
+                f"{path} holds speakers of another system, layer choice or mean voice: they mean nothing to this one. "
+                "Adapt to their recordings again."
+            )
+        for name, row, number in zip(names, total, count, strict=True):
+            self[name] = SpeakerStatistics(row, number)
+
+
+def recording_means(clips: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Means of recordings' speech (recordings, width) and their emotions' probabilities (recordings, labels), None
+    without such a head: over their windows, by duration.
+
+    Args:
+        clips: of `SpeechEmotionPipeline.encode`, none of which has an error.
+    """
+    means, probabilities = [], []
+    for clip in clips:
+        shares = torch.tensor([end - start for start, end in clip.timestamps])
+        shares = shares / shares.sum()
+        rows = [clip.outputs[index] for index in range(len(clip.timestamps))]
+        means.append(shares @ torch.stack([row["speech_means"].float() for row in rows]))
+        if "logits" in rows[0]:
+            probabilities.append(shares @ torch.stack([row["logits"].float().softmax(-1) for row in rows]))
+    return torch.stack(means), torch.stack(probabilities) if probabilities else None
+
+
+def with_speakers(items: Iterable[Any], speaker: Any) -> Iterator[tuple[Any, Any]]:
+    """Each item with its speaker: the one of all, or its own of a list; raises ValueError where those differ in
+    number."""
+    if not isinstance(speaker, (list, tuple)):
+        yield from ((item, speaker) for item in items)
+        return
+    count = 0
+    for count, item in enumerate(items, 1):
+        if count > len(speaker):
+            break
+        yield item, speaker[count - 1]
+    if count != len(speaker):
+        raise ValueError(f"speaker names {len(speaker)} speakers, and there are {count} inputs or more.")
+
+
+def shifts_of(clips: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """The model's `speaker_shift` of a batch: zeros for clips of no known speaker; none where all are such."""
+    shifts = [clip.speaker_shift for clip in clips]
+    known = next((shift for shift in shifts if shift is not None), None)
+    if known is None:
+        return {}
+    nothing = torch.zeros_like(known)
+    return {"speaker_shift": torch.stack([nothing if shift is None else shift for shift in shifts])}
+
+
+class KnowsSpeakers:
+    """Of the pipeline: what it knows of speakers, and how it learns that."""
+
+    model: Any
+    encode: Callable[..., Iterator[Any]]
+
+    @property
+    def speakers(self) -> Speakers:
+        """The speakers that were adapted to; `save` and `load` keep them in a file."""
+        if not hasattr(self, "_speakers"):
+            self._speakers = Speakers(self.model)
+        return self._speakers
+
+    def adapt(self, recordings: Iterable[Any], name: str, **options: Any) -> SpeakerStatistics:
+        """Learn a speaker's voice; `speaker=name` in a call then uses it.
+
+        Args:
+            recordings: of that speaker, in any form that the pipeline takes; three help, twenty help more. They need
+                no labels, and are best of several emotions. One that cannot be used is left out, with a warning.
+            name: what the speaker is called; who had it before is forgotten.
+            options: `batch_size`, `num_workers`, and those of `encode`.
+
+        Returns:
+            What is known of the speaker now: `count` recordings.
+
+        Raises:
+            ValueError: none of the recordings can be used, or the system has no mean voice to compare with.
+        """
+        reference = reference_of(self.model)
+        means, probabilities, _ = self._heard(recordings, f"speaker {name!r}", options)
+        self.speakers[name] = SpeakerStatistics.of(reference.deviations(means, probabilities))
+        return self.speakers[name]
+
+    def learn_mean_voice(self, recordings: Iterable[Any], speakers: Iterable[str], **options: Any) -> None:
+        """Learn what speakers are compared with, from recordings of several; systems that sailer trained know it.
+
+        It becomes part of the model, and is saved with it; speakers who were adapted to before are forgotten.
+
+        Args:
+            recordings: of at least four speakers, several of each and best of all emotions; without labels.
+            speakers: of each recording.
+            options: `batch_size`, `num_workers`, and those of `encode`.
+
+        Raises:
+            ValueError: fewer speakers, or a system that cannot be adapted (the message says why).
+        """
+        recordings, speakers = list(recordings), list(speakers)
+        if len(recordings) != len(speakers):
+            raise ValueError(f"{len(recordings)} recordings have {len(speakers)} speakers: name one for each.")
+        check_adaptable(self.model)
+        means, probabilities, usable = self._heard(recordings, "the mean voice", options)
+        set_reference(self.model, means, probabilities, [speakers[row] for row in usable])
+        self.speakers.forget()
+
+    def speaker_of(self, speaker: Any, item: Any, key: str | None) -> torch.Tensor | None:
+        """What is taken off one recording's frames (width,).
+
+        Args:
+            speaker: the name of a speaker, statistics, or None.
+            item: the recording, which names its speaker itself under `key`, if that is not None.
+
+        Raises:
+            ValueError: a speaker who is not known, or an input without the key.
+        """
+        if key is not None:
+            if not isinstance(item, Mapping) or key not in item:
+                raise ValueError(f"speaker_key is {key!r}: pass {{'audio': ..., {key!r}: the speaker's name}}.")
+            speaker = item[key]
+        if speaker is None or speaker == "":
+            return None
+        if isinstance(speaker, SpeakerStatistics):
+            return speaker.shift
+        reference_of(self.model)
+        if speaker not in self.speakers:
+            known = ", ".join(sorted(self.speakers)[:10]) or "nobody yet"
+            raise ValueError(
+                f"The speaker {speaker!r} is not known: adapt to their recordings first (known: {known})."
+            )
+        return self.speakers[speaker].shift
+
+    def _heard(
+        self, recordings: Iterable[Any], whose: str, options: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
+        """`recording_means` of those that can be used, and their places."""
+        usable, clips, reason = [], [], "there is none"
+        # As they are, without the speaker that this pipeline may have been made for.
+        for place, clip in enumerate(self.encode(recordings, **{**options, "speaker": None, "speaker_key": None})):
+            if clip.error is None:
+                usable.append(place)
+                clips.append(clip)
+            else:
+                reason = clip.message
+                logger.warning("Recording %d of %s is left out: %s", place, whose, reason)
+        if not clips:
+            raise ValueError(f"No recording of {whose} can be used ({reason}).")
+        return *recording_means(clips), usable
+
+
 __all__ = [
     *("COVERAGE", "ITEM_ERRORS", "Clip", "at_least", "check_conformal", "count_of", "cut_windows", "kept_scores"),
     *("prediction_set", "run_ahead", "score_threshold", "set_of", "share_of"),
+    *("KnowsSpeakers", "Speakers", "recording_means", "shifts_of", "with_speakers"),
 ]

@@ -10,6 +10,9 @@ is said. Another corpus takes a file of folds: JSON, fold -> ids of the clips th
 all folds and recipes alike. Finished runs are kept in OUTPUT_DIR/runs: a second call goes on where the first stopped.
 The row "baseline of seconds" is scikit-learn's: the means over time of every layer of the best recipe's encoder,
 standardised, 300 principal components, linear discriminant analysis with shrinkage.
+
+The second table adapts each system to the speakers of the fold that tests it: every clip by n others of its speaker,
+drawn --draws times, in turn of all emotions or of one alone, as `SpeechEmotionPipeline.adapt` does it.
 """
 
 from __future__ import annotations
@@ -43,11 +46,14 @@ from sailer.data import LabelSet, load_corpus
 from sailer.data.folds import Fold, fold_rows, read_folds
 from sailer.data.rendering import rendering_key
 from sailer.data.schema import CorpusReport
+from sailer.layers_sailer import SpeakerStatistics, reference_of
 from sailer.settings import load_recipe, parse_overrides, resolve
 from sailer.train import Job, fit, prepare
+from sailer.training.arguments import TARGETS
 from sailer.training.evaluation import write_json
 from sailer.training.features import FeatureStore
-from sailer.training.metrics import decision_metrics
+from sailer.training.metrics import decision_metrics, decisions
+from sailer.training.trainer import CONSENSUS, SailerTrainer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # EmoBox's folds of RAVDESS, by the actors that each tests.
@@ -65,6 +71,8 @@ PUBLISHED = {
 BEST = "ravdess_whisper_base_best"
 BASELINE = "baseline of seconds"
 METRICS = {"uar": "UA", "accuracy": "WA", "macro_f1": "macro-F1"}
+# How many recordings of a speaker adapt a system to them: of all emotions in turn, or of one (of which there are few).
+BALANCED, ONE_EMOTION = (1, 3, 5, 10, 20), (1, 3, 5)
 # A fold has no clips to choose by, and these would choose; places are the benchmark's own.
 NOT_OF_A_RECIPE = ("corpus", "data_dir", "corpus_options", "output_dir", "metric_for_best_model", "validation_split")
 PROTOCOL = {"validation_split": "test", "load_best_model_at_end": False, "eval_strategy": "no", "save_strategy": "no"}
@@ -89,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for fold, sides in tqdm(folds.items(), desc=name, unit="fold")
             }
     text = table(results, options.corpus == "ravdess" and options.folds is None)
+    text += "\n\n" + adaptation_table(results)
     print(text)
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -168,12 +177,66 @@ def run(
     with tempfile.TemporaryDirectory() as place:
         job = prepare_fold(recipe, rows, fold, options, place)
         with contextlib.redirect_stdout(io.StringIO()):
-            figures = fit(job).predict(job.corpus["test"]).metrics
-    metrics = {name: figures[f"test_{name}"] for name in METRICS} | {"seconds": time.perf_counter() - started}
+            trainer = fit(job)
+            figures = trainer.predict(job.corpus["test"]).metrics
+            taken = {"seconds": time.perf_counter() - started}
+            adapted = adapt(job, trainer, options.draws) if job.system.model.config.speaker_reference else {}
+    metrics = {name: figures[f"test_{name}"] for name in METRICS} | taken | adapted
     path.parent.mkdir(parents=True, exist_ok=True)
     when = datetime.now().isoformat(timespec="seconds")
     write_json({"title": title, "finished": when, "recipe": dict(recipe), "metrics": metrics}, path)
     return metrics
+
+
+def adapt(job: Job, trainer: SailerTrainer, draws: int) -> dict[str, float]:
+    """The macro-F1 on a fold's clips, each adapted by others of its speaker, by how many and of which emotions."""
+    rows, model = job.corpus["test"], job.system.model
+    labels, speakers = np.asarray(rows["label"]), np.asarray(rows["speaker"])
+
+    def said(shifts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        means, logits = [], []
+        for start in range(0, len(rows), 32):
+            batch = trainer.evaluation_collator([rows[place] for place in range(start, min(start + 32, len(rows)))])
+            inputs = {
+                name: value.to(model.device) for name, value in batch.items() if name not in (*TARGETS, CONSENSUS)
+            }
+            own = None if shifts is None else shifts[start : start + 32].to(model.device)
+            with torch.no_grad():
+                outputs = model(**inputs, speaker_shift=own)
+            means.append(outputs.speech_means.float().cpu())
+            logits.append(outputs.logits.float().cpu())
+        return torch.cat(means), torch.cat(logits)
+
+    model.eval()
+    means, logits = said(None)
+    deviations = reference_of(model).cpu().deviations(means, logits.softmax(-1))
+    figures = {}
+    for kind, counts in (("balanced", BALANCED), ("one emotion", ONE_EMOTION)):
+        for count in counts:
+            scores = []
+            for draw in range(draws):
+                generator = np.random.default_rng([count, draw, kind == "balanced"])
+                shifts = torch.zeros_like(means)
+                for place in range(len(rows)):
+                    others = choose(place, labels, speakers, count, kind == "balanced", generator)
+                    shifts[place] = SpeakerStatistics.of(deviations[others]).shift
+                decided = decisions(said(shifts)[1].numpy(), job.system.label_set)
+                scores.append(decision_metrics(decided, labels, job.system.label_set)["macro_f1"])
+            figures[f"{kind}, {count}"] = statistics.fmean(scores)
+    return figures
+
+
+def choose(
+    place: int, labels: np.ndarray, speakers: np.ndarray, count: int, balanced: bool, generator: np.random.Generator
+) -> list[int]:
+    """Up to `count` other clips of a clip's speaker: of all emotions in turn, or of one that is drawn."""
+    others = [row for row in np.flatnonzero(speakers == speakers[place]) if row != place]
+    others = [others[row] for row in generator.permutation(len(others))]
+    if balanced:
+        turn = {row: sum(labels[row] == labels[other] for other in others[:at]) for at, row in enumerate(others)}
+        return sorted(others, key=turn.__getitem__)[:count]
+    emotion = generator.choice(sorted({labels[row] for row in others})) if others else None
+    return [row for row in others if labels[row] == emotion][:count]
 
 
 def run_baseline(options: argparse.Namespace, rows: Dataset, folds: Mapping[str, Fold]) -> dict[str, dict[str, float]]:
@@ -226,6 +289,17 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, float]]], with_publish
     return "\n".join(text)
 
 
+def adaptation_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Macro-F1 in per cent by how many recordings of the speaker adapted a system: means over folds and draws."""
+    cases = [f"balanced, {count}" for count in BALANCED] + [f"one emotion, {count}" for count in ONE_EMOTION]
+    text = [f"| system, adapted by | 0 | {' | '.join(cases)} |", "|---|" + "--:|" * (1 + len(cases))]
+    for name, folds in results.items():
+        if all(case in fold for fold in folds.values() for case in cases):
+            figures = [statistics.fmean(fold[case] for fold in folds.values()) for case in ("macro_f1", *cases)]
+            text.append(f"| {name} | {' | '.join(f'{100 * figure:.1f}' for figure in figures)} |")
+    return "\n".join(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     backbone, ravdess = SHARED / "models" / "whisper-base-encoder", SHARED / "corpora" / "ravdess"
@@ -242,6 +316,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--audio_backbone", default=str(backbone) if backbone.is_dir() else None, metavar="DIR")
     parser.add_argument("--baseline", action=argparse.BooleanOptionalAction, default=True, help="scikit-learn's row")
+    parser.add_argument("--draws", type=int, default=3, help="of the recordings that adapt (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/emobox"))
     parser.add_argument("--markdown", type=Path, help="write what is printed to this file")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -53,7 +53,8 @@ class SystemGraph(nn.Module):
         self.model = model
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return dict(self.model(**inputs, output_hidden_states=False, return_dict=True))
+        outputs = self.model(**inputs, output_hidden_states=False, return_dict=True)
+        return {name: value for name, value in outputs.items() if name != "speech_means"}
 
 
 def trace(model: nn.Module, example: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:

@@ -20,8 +20,10 @@ from sailer.data.atomic import replacing
 from sailer.inference.loading import check_precision, load
 from sailer.inference.outputs import EmbeddingFile, PredictionError, RowFile, columns_of, row_of, written_name
 from sailer.inference.recordings import find_recordings
+from sailer.inference.speakers import speakers_of, voices_of
 from sailer.inference.submission import choose_recordings, submit
 from sailer.inference.timeline import picture_name, plot_timeline
+from sailer.layers_sailer import SpeakerStatistics
 from sailer.pipeline_sailer import SpeechEmotionPipeline
 from sailer.windows_sailer import Clip
 
@@ -50,6 +52,8 @@ class PredictionSettings:
         embeddings: file for the clips' embeddings, .safetensors or .npz; .parquet beside a Parquet output.
         coverage: also write each clip's prediction set, of this coverage; `coverage_by_class` asks for it within each
             class (and without `coverage` for 0.9).
+        speaker_from: adapt the system to each recording's speaker, by that one's other recordings (all are then heard
+            twice): "folder", where each speaker has one, or a column of `file_list`, a CSV with a column FileName.
 
     Raises:
         PredictionError: a confidence outside [0, 1], a coverage outside (0, 1), or embeddings to a file of another
@@ -68,6 +72,8 @@ class PredictionSettings:
     precision: str | None = None
     coverage: float | None = None
     coverage_by_class: bool = False
+    speaker_from: str | None = None
+    file_list: str | None = None
 
     def __post_init__(self) -> None:
         if self.coverage is not None and not 0 < self.coverage < 1:
@@ -88,6 +94,8 @@ def main(command: argparse.Namespace) -> int:
         name: str(value) if isinstance(value, Path) else value for name, value in vars(command).items()
     }
     names = [field.name for field in dataclasses.fields(PredictionSettings)]
+    if command.speaker_from is None:
+        given["file_list"] = None  # it chooses the recordings, and says nothing of how they are judged
     settings = PredictionSettings(**{name: given[name] for name in names if name in given})
     options = inspect.signature(predict).parameters
     if command.submission == "categorical" and settings.min_confidence > 0:
@@ -117,6 +125,8 @@ def _predict_archive(command: argparse.Namespace, settings: PredictionSettings, 
 
     if command.submission is not None or command.file_list is not None:
         raise PredictionError("A submission is made of a CSV: end --output in .csv, or leave --submission out.")
+    if command.speaker_from is not None:
+        raise PredictionError("--speaker_from hears all before it judges one: end --output in .csv or .jsonl.")
     options = inspect.signature(predict_archive).parameters
     failed = predict_archive(settings, **{name: given[name] for name in options if given.get(name) is not None})
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -180,7 +190,8 @@ def predict(
     classifier = load_classifier(settings, batch_size, num_workers, device, dtype)
 
     columns = columns_of(classifier.model.config, settings.transcriber is not None, settings.has_sets)
-    rows = RowFile(output, ["file", "seconds", *columns, "warning", "error"], format)
+    of_speaker = [] if settings.speaker_from is None else ["speaker", "speaker_recordings"]
+    rows = RowFile(output, ["file", "seconds", *of_speaker, *columns, "warning", "error"], format)
     timeline = embeddings = pictures = None
     if settings.timeline:
         path = output.with_name(f"{output.stem}_timeline{output.suffix}")
@@ -200,8 +211,16 @@ def predict(
     todo = [file for file in files if names[file] not in rows.files]
     if len(todo) < len(files):
         logger.info("%d of %d recordings are in %s already.", len(files) - len(todo), len(files), output)
+    told: dict[str, dict[str, Any]] = {}
+    voices: dict[str, SpeakerStatistics] = {}
+    if settings.speaker_from is not None and todo:
+        speakers = speakers_of(files, settings.speaker_from, settings.file_list)
+        voices = voices_of(classifier, files, speakers)
+        for file, speaker in zip(files, speakers, strict=True):
+            others = voices[file].count if file in voices else 0
+            told[file] = {"speaker": written_name(speaker), "speaker_recordings": others}
     try:
-        clips = classifier.encode(todo)
+        clips = classifier.encode(todo, speaker=[voices.get(file) for file in todo])
         for file, clip in tqdm(zip(todo, clips, strict=True), total=len(files), initial=len(files) - len(todo)):
             judged = judge(names[file], clip, classifier, settings, pictures)
             if judged is None:
@@ -214,7 +233,7 @@ def predict(
                 timeline.append(windows)
             if embeddings is not None:
                 embeddings.append(names[file], embedding)
-            rows.append([row])  # last: what has a row is complete
+            rows.append([row | told.get(file, {})])  # last: what has a row is complete
     finally:
         if embeddings is not None:
             embeddings.save(keep=rows.files)

@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from sailer import SailerForAudioClassification
+from sailer.layers_sailer import set_reference
 from sailer.settings import load_recipe
 
 from .docs_pages import EXTENDING, NAMES, ROOT, commands, edited, fences
@@ -160,6 +163,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_sailer: Path, tiny_s
     (folder / "outputs" / "demo" / "config.json").write_text(json.dumps(settings | {"conformal": kept}))
     for name in ("outputs/ravdess_whisper_base", "MODEL1", "MODEL2"):
         shutil.copytree(tiny_speech_sailer, folder / name)
+    model = SailerForAudioClassification.from_pretrained(tiny_speech_sailer)
+    set_reference(model, torch.eye(4, model.config.audio_config.hidden_size), None, ["ann", "bob", "cy", "di"])
+    model.save_pretrained(folder / "outputs" / "ravdess_whisper_base")
     for number in range(24 * 8):
         actor, emotion = number // 8 + 1, number % 8 + 1
         name = f"Actor_{actor:02d}/03-01-{emotion:02d}-01-02-01-{actor:02d}.wav"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -40,9 +41,9 @@ def emobox(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def ravdess(tmp_path: Path) -> Path:
-    """Two clips of each of four emotions by actors 1 and 11, of EmoBox's first fold, and 4, of its second."""
+    """Two clips of each of four emotions by actors of EmoBox's first fold (1, 11) and all of its second."""
     folder = tmp_path / "ravdess"
-    for actor in (1, 11, 4):
+    for actor in (1, 11, 4, 10, 12, 14):
         for emotion, statement in itertools.product((1, 2, 3, 5), (1, 2)):
             path = folder / f"Actor_{actor:02d}" / f"03-01-0{emotion}-01-0{statement}-01-{actor:02d}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +68,17 @@ def test_absent_actors_are_said_and_every_system_has_a_row(emobox, arguments, tm
     emobox.main(arguments)
     printed = capsys.readouterr().out
     assert "Fold 1 lacks the clips of actors [20, 21]: it tests 2." in printed
-    assert "No clips of actors [2, 3, 5, 6" in printed
+    assert "No clips of actors [2, 3, 5, 6, 7, 8, 9, 13" in printed
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert list(results) == ["baseline of seconds", "tiny"]
     assert all(list(folds) == ["1", "2"] for folds in results.values())
     figures = [fold[name] for folds in results.values() for fold in folds.values() for name in emobox.METRICS]
     assert all(0 <= figure <= 1 for figure in figures)
     assert "| EmoBox: Whisper large-v3 (635 M) | 6 |  | 75.9 | 75.2 |" in printed
+    # The first fold trains on four speakers, and knows the mean voice; the second on two.
+    assert {"balanced, 20", "one emotion, 3"} <= set(results["tiny"]["1"]) and "balanced, 1" not in results["tiny"][
+        "2"
+    ]
 
     run = json.loads(next((tmp_path / "out" / "runs").glob("*.json")).read_text())
     assert run["recipe"]["load_best_model_at_end"] is False, "no epoch is chosen on the fold that tests"
@@ -101,9 +106,9 @@ def test_every_fold_shares_one_encoding_and_a_finished_run_is_read(emobox, argum
 
 def test_a_file_of_folds(emobox, arguments, tmp_path, capsys):
     names = [f"03-01-0{emotion}-01-0{statement}-01" for emotion in (1, 2, 3, 5) for statement in (1, 2)]
-    ids = {actor: [f"{name}-{actor}" for name in names] for actor in ("01", "11", "04")}
+    ids = {actor: [f"{name}-{actor}" for name in names] for actor in ("01", "11", "04", "10")}
     folds = tmp_path / "folds.json"
-    folds.write_text(json.dumps({"a": [*ids["01"], "elsewhere"], "b": ids["11"], "c": ids["04"]}))
+    folds.write_text(json.dumps({"a": [*ids["01"], "elsewhere"], "b": ids["11"], "c": ids["04"] + ids["10"]}))
     with pytest.raises(CorpusError, match=r"lacks, elsewhere \(the first in fold 'a'\)"):
         emobox.main([*arguments, "--folds", str(folds)])
     emobox.main([*arguments, "--recipes", "--folds", str(folds), "--allow_missing"])
@@ -130,3 +135,25 @@ def test_the_table_has_means_spreads_and_each_folds_figure(emobox):
     }
     row = emobox.table({"mine": folds}, with_published=False).splitlines()[-1]
     assert row == "| mine | 2 | 60.0 | 70.0 | 50.0 ± 14.1 | 40.0, 60.0 | 3 |"
+
+
+def test_those_who_adapt_are_others_of_the_speaker_of_all_emotions_or_of_one(emobox):
+    labels = np.array([0, 0, 1, 1, 2, 2, 0, 1])
+    speakers = np.array(["a"] * 6 + ["b"] * 2)
+    for seed in range(5):
+        generator = np.random.default_rng(seed)
+        three = emobox.choose(0, labels, speakers, 3, True, generator)
+        assert 0 not in three and sorted(labels[three]) == [0, 1, 2]
+        assert sorted(emobox.choose(0, labels, speakers, 9, True, generator)) == [1, 2, 3, 4, 5]
+        one = emobox.choose(4, labels, speakers, 2, False, generator)
+        assert len(set(labels[one])) == 1 and set(one) <= {0, 1, 2, 3, 5}
+    assert emobox.choose(0, labels[:1], speakers[:1], 3, False, generator) == []
+
+
+def test_the_table_of_adaptation_holds_systems_that_can_be_adapted(emobox):
+    cases = [f"balanced, {count}" for count in emobox.BALANCED] + [
+        f"one emotion, {count}" for count in emobox.ONE_EMOTION
+    ]
+    folds = {name: {"macro_f1": 0.5, **dict.fromkeys(cases, f1)} for name, f1 in (("1", 0.6), ("2", 0.7))}
+    text = emobox.adaptation_table({"mine": folds, "baseline": {"1": {"macro_f1": 0.9}}}).splitlines()
+    assert len(text) == 3 and text[2] == "| mine | 50.0 |" + " 65.0 |" * len(cases)

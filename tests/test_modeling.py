@@ -61,6 +61,7 @@ def test_outputs_have_the_documented_shapes(audio, audio_layers, tiny_text, requ
         "sex_logits": (2, 2),
         "age": (2,),
         "embeddings": (2, width),
+        "speech_means": (2, model.config.audio_config.hidden_size),
     }
     assert width == 256 + 32
     assert ((outputs.attributes >= 0) & (outputs.attributes <= 1)).all()
@@ -72,7 +73,7 @@ def test_each_head_can_be_off(tiny_whisper) -> None:
     for head, name in names.items():
         model, processor = build(tiny_whisper, heads=[head])
         outputs = model(**processor(audio=noise(0.3), sampling_rate=16000))
-        assert set(outputs.keys()) == {name, "embeddings"}
+        assert set(outputs.keys()) == {name, "embeddings", "speech_means"}
 
 
 def test_head_parameters_are_exactly_the_papers(tiny_whisper, tiny_text) -> None:

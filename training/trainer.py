@@ -184,7 +184,11 @@ class SailerTrainer(PublishingTrainer):
         model_inputs = {name: value for name, value in inputs.items() if name not in targets}
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**model_inputs, output_hidden_states=False, return_dict=True)
-        predictions = {name: value.float() for name, value in outputs.items() if name not in ("loss", "embeddings")}
+        predictions = {
+            name: value.float()
+            for name, value in outputs.items()
+            if name not in ("loss", "embeddings", "speech_means")
+        }
         return None, predictions, targets
 
     def predict(  # type: ignore[override]  # the same three fields, by name
