@@ -1,0 +1,147 @@
+"""The page's parts without a browser: results and windows, files that are refused, the sweep, and its queue."""
+
+import csv
+import os
+import time
+from pathlib import Path
+
+import pytest
+import soundfile
+
+import sailer
+from sailer.cli import main
+from sailer.inference.page import PageSettings, sweep
+from sailer.inference.page_parts import panels
+from sailer.inference.page_parts.judging import Limits, PageError, System, difference, judge, windows_over
+from sailer.inference.page_parts.recording_tab import checked_upload, playable, written
+
+from .sounds import RATE, noise
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("clips") / "<b>five.wav"
+    soundfile.write(file, noise(5.0, 3), RATE, subtype="FLOAT")
+    return file
+
+
+@pytest.fixture(scope="module")
+def system(tiny_speech_sailer: Path) -> System:
+    return System("it", sailer.load(tiny_speech_sailer))
+
+
+def test_the_whole_and_the_windows_are_the_pipelines(clip: Path, system: System) -> None:
+    judged = judge(clip, [system], Limits())
+    (opinion,) = judged.opinions
+    assert opinion.timestamps == [(0.0, 3.0), (1.0, 4.0), (2.0, 5.0)]
+    for prior in ("balanced", "natural"):
+        expected = system.classifier(str(clip), return_all=True, prior=prior, return_embedding=False)
+        assert opinion.whole[prior] == expected
+        audio = soundfile.read(clip, dtype="float32")[0]
+        second = system.classifier(audio[RATE : 4 * RATE], return_all=True, prior=prior)
+        scores = {row["label"]: row["score"] for row in opinion.windows[prior][1]["primary"]}
+        assert scores == pytest.approx({row["label"]: row["score"] for row in second["primary"]}, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "window", "hop"), [(5, 3, 1), (240, 3, 1), (720, 3, 3), (1200, 5, 5), (3600, 15, 15), (7200, 15, 15)]
+)
+def test_long_recordings_get_fewer_and_longer_windows(seconds: float, window: float, hop: float) -> None:
+    assert windows_over(seconds, Limits(), longest=15) == (window, hop)
+
+
+def test_what_is_shown_is_escaped_and_has_only_the_systems_heads(clip: Path, system: System) -> None:
+    judged = judge(clip, [system], Limits(), name="<script>alert(1)</script>.wav")
+    judged.warning = "<img src=x onerror=alert(1)>"
+    shown = panels.results(judged, "balanced")
+    assert "<script" not in shown and "<img" not in shown and "&lt;img" in shown
+    assert 'data-panel="timeline"' in shown and 'data-panel="plane"' not in shown
+
+
+def test_a_wide_set_is_called_unsure(clip: Path, system: System) -> None:
+    judged = judge(clip, [system], Limits())
+    whole = judged.opinions[0].whole["balanced"]
+    whole["set"] = ["Happy", "Sad"]
+    assert "Happy</li>" in panels.results(judged, "balanced") and "unsure" not in panels.results(judged, "balanced")
+    whole["set"] = ["Happy", "Sad", "Fear"]
+    shown = panels.results(judged, "balanced")
+    assert '<span class="sailer-unsure">unsure</span>' in shown and "Unsure: 3 emotions are possible" in shown
+
+
+def test_the_distance_of_two_systems_by_hand(clip: Path, system: System) -> None:
+    one, other = (judge(clip, [system], Limits()).opinions[0] for _ in range(2))
+    one.whole["natural"]["primary"] = [{"label": "Happy", "score": 0.7}, {"label": "Sad", "score": 0.3}]
+    other.whole["natural"]["primary"] = [{"label": "Sad", "score": 0.5}, {"label": "Happy", "score": 0.5}]
+    distance, rows = difference(one, other, "natural")
+    assert distance == pytest.approx(0.2)
+    assert sorted(rows) == [("Happy", 0.7, 0.5), ("Sad", 0.3, 0.5)]
+
+
+def test_a_recording_beyond_the_limit_is_refused_with_the_way_out(clip: Path, system: System) -> None:
+    with pytest.raises(PageError, match=r"longer than 4 seconds.*cut it, or run `sailer predict`"):
+        judge(clip, [system], Limits(max_seconds=4))
+    assert judge(clip, [system], Limits(max_seconds=5)).seconds == 5
+
+
+def test_downloads_hold_a_row_and_a_row_per_window(clip: Path, system: System, tmp_path: Path) -> None:
+    judged = judge(clip, [system], Limits())
+    (row,) = csv.DictReader(written(judged, "csv", "balanced", tmp_path).open())
+    assert float(row["seconds"]) == 5 and row["file"] == clip.name
+    rows = list(csv.DictReader(written(judged, "windows", "balanced", tmp_path).open()))
+    assert [(float(one["start"]), float(one["end"])) for one in rows] == [(0, 3), (1, 4), (2, 5)]
+    assert written(judged, "png", "balanced", tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_uploads_are_read(clip: Path, tmp_path: Path) -> None:
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    (uploads / "link.wav").symlink_to(clip)
+    for path in (clip, uploads / "link.wav", uploads / ".." / "a.wav", "http://127.0.0.1/a.wav", "/etc/passwd"):
+        with pytest.raises(PageError, match="not uploaded to this page"):
+            checked_upload(path, uploads)
+    with pytest.raises(PageError, match="no longer here"):
+        checked_upload(uploads / "gone.wav", uploads)
+    assert checked_upload(clip, uploads, [clip]) == clip.resolve()
+
+
+def test_what_browsers_do_not_play_becomes_a_wav(tmp_path: Path) -> None:
+    file = tmp_path / "a.aiff"
+    soundfile.write(file, noise(1.0), RATE)
+    address = playable(file, tmp_path)
+    copy = Path(address.removeprefix("gradio_api/file="))
+    assert copy.suffix == ".wav" and copy.is_relative_to(tmp_path)
+    assert len(soundfile.read(copy)[0]) == RATE
+
+
+def test_the_sweep_removes_what_was_not_used_for_a_while(tmp_path: Path) -> None:
+    for name in ("old/a.wav", "new/b.wav"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    before = time.time() - 100
+    os.utime(tmp_path / "old" / "a.wav", (before, before))
+    assert sweep(tmp_path, 60) == 1
+    os.utime(tmp_path / "old", (before, before))
+    sweep(tmp_path, 60)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["b.wav", "new"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "No system to show.*make demo"),
+        (["nowhere/at_all"], "nowhere/at_all: no system there.*make demo"),
+        (["a", "b", "c"], "3 systems"),
+        (["a", "--max_minutes", "0"], "max_minutes is 0"),
+        (["a", "--hop_s", "4"], "hop_s is 4"),
+    ],
+)
+def test_what_the_page_cannot_begin_with(words: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    import re
+
+    pytest.importorskip("gradio", reason="the extra page is not installed")
+    assert main(["page", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_page_is_of_this_machine_alone_unless_told_otherwise() -> None:
+    assert PageSettings(["a"]).host == "127.0.0.1"
