@@ -102,10 +102,11 @@ def visit(browser: "playwright.Browser") -> Iterator[Callable]:
         page.get_by_role("button", name="Analyse").wait_for()
         return page
 
+    open_page.expected = ()  # what a test brings about itself
     yield open_page
     for context in contexts:
         context.close()
-    assert troubles == []
+    assert [trouble for trouble in troubles if not trouble.endswith(open_page.expected or "\0")] == []
 
 
 def upload(page: "playwright.Page", file: Path) -> None:
@@ -156,7 +157,7 @@ def assert_same_rows(ours: list[dict[str, str]], theirs: list[dict[str, str]]) -
             if column == "file":
                 assert value == Path(other["file"]).name
             elif re.fullmatch(r"-?\d+\.\d+(e-\d+)?", value):
-                assert float(value) == pytest.approx(float(other[column]), abs=2e-6), column
+                assert float(value) == pytest.approx(float(other[column]), rel=2e-6, abs=2e-6), column
             else:
                 assert value == other[column], column
 
@@ -274,6 +275,7 @@ def test_a_recording_by_microphone_is_judged_as_a_whole(visit, address) -> None:
 
 
 def test_a_corrupt_file_gets_a_message_and_the_page_goes_on(visit, address, recordings) -> None:
+    visit.expected = ("Waveform load error: MediaError",)  # Gradio's player cannot draw what is no audio
     page = visit(address)
     upload(page, recordings / "broken.wav")
     message = page.get_by_role("alert").inner_text()
@@ -328,7 +330,7 @@ def test_a_narrow_screen_scrolls_in_one_direction_in_light_and_dark(visit, addre
     upload(page, recordings / "six seconds.wav")
     page.get_by_text("Values over time").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    background = page.evaluate("getComputedStyle(document.querySelector('gradio-app')).backgroundColor")
     red = int(re.search(r"\d+", background)[0])
     assert red < 60 if theme == "dark" else red > 200
     assert violations(page) == []

@@ -74,7 +74,8 @@ def recordings_of(paths: Sequence[Path], most: int) -> list[Path]:
     Raises:
         PageError: none, or more than `most`.
     """
-    chosen = sorted(path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES)
+    audio = (path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES)
+    chosen = sorted(audio, key=lambda path: path.name)  # each lies in a folder of its own
     if not chosen:
         raise PageError(f"No recordings among them: choose a folder with {', '.join(sorted(AUDIO_SUFFIXES))} files.")
     if len(chosen) > most:
