@@ -2,9 +2,11 @@
 
 import csv
 import os
+import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -15,6 +17,7 @@ from sailer.inference.page_parts import panels
 from sailer.inference.page_parts.judging import Limits, PageError, System, difference, judge, windows_over
 from sailer.inference.page_parts.recording_tab import checked_upload, playable, written
 
+from .page_server import running_page
 from .sounds import RATE, noise
 
 
@@ -145,3 +148,47 @@ def test_what_the_page_cannot_begin_with(words: list[str], message: str, capsys:
 
 def test_the_page_is_of_this_machine_alone_unless_told_otherwise() -> None:
     assert PageSettings(["a"]).host == "127.0.0.1"
+
+
+@pytest.mark.slow
+def test_visitors_through_the_api(tiny_speech_sailer: Path, clip: Path, tmp_path: Path) -> None:
+    """Uploads, a queue, other files refused, an upload too large, and nothing left at the end."""
+    pytest.importorskip("gradio", reason="the extra page is not installed")
+    import httpx
+    from gradio_client import Client, handle_file
+
+    files = []
+    for seed in range(4):
+        files.append(tmp_path / f"visitor {seed}.wav")
+        soundfile.write(files[-1], noise(1.0 + seed, seed), RATE, subtype="FLOAT")
+    classifier = sailer.load(tiny_speech_sailer)
+    place = tmp_path / "page"
+    place.mkdir()
+    with running_page(tiny_speech_sailer, "--max_megabytes", "1", cwd=place) as (address, process):
+        client = Client(address, verbose=False)
+        jobs = [client.submit(handle_file(file), "balanced", api_name="/analyse") for file in files]
+        for file, job in zip(files, jobs, strict=True):
+            result = job.result(timeout=120)
+            shown = next(part for part in map(str, result) if "sailer-results" in part)
+            seconds = soundfile.info(file).duration
+            assert f'data-end="{seconds:.4f}"' in shown
+            label = classifier(str(file), return_all=True)["label"]
+            assert f"<strong>{label}</strong>" in shown
+        # Not through the client, which would upload the file first.
+        (analyse,) = [one["id"] for one in client.config["dependencies"] if one["api_name"] == "analyse"]
+        secret = {"path": str(clip), "meta": {"_type": "gradio.FileData"}}
+        asked = {"data": [secret, "balanced"], "fn_index": analyse, "session_hash": "stranger"}
+        joined = httpx.post(f"{address}gradio_api/queue/join", json=asked, timeout=60)
+        told = joined.text
+        if joined.status_code == 200:
+            told = httpx.get(f"{address}gradio_api/queue/data?session_hash=stranger", timeout=60).text
+        assert "sailer-results" not in told and "it was not uploaded by a user" in told
+        assert httpx.get(f"{address}gradio_api/file={clip}").status_code in (403, 404)
+        assert httpx.get(f"{address}gradio_api/file=/etc/passwd").status_code in (403, 404)
+        big = np.zeros(2 * 2**20, np.uint8).tobytes()
+        refused = httpx.post(f"{address}gradio_api/upload", files={"files": ("big.wav", big)}, timeout=60)
+        assert refused.status_code == 413 and "maximum allowed size" in refused.text
+        assert list(place.glob("sailer-page-*/uploads/*"))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert not list(place.glob("sailer-page-*"))
