@@ -243,10 +243,12 @@ def run_baseline(options: argparse.Namespace, rows: Dataset, folds: Mapping[str,
     """The baseline's figures by fold, from the states that the best recipe keeps."""
     recipe = recipe_of(BEST, 0, options)
     with tempfile.TemporaryDirectory() as place:
-        every = [row for fold in folds.values() for row in fold.test]
+        every = sorted({row for fold in folds.values() for side in fold for row in side})
         job = prepare_fold(recipe, rows, Fold(every, every), options, place)
     assert job.features is not None, f"{BEST} keeps its encoder's states"
-    means, labels = clip_means(job.features, rows), np.asarray(rows["label"])
+    found, labels = clip_means(job.features, rows.select(every)), np.asarray(rows["label"])
+    means = np.zeros((len(rows), found.shape[1]), found.dtype)
+    means[every] = found
     results = {}
     for name, fold in folds.items():
         started = time.perf_counter()

@@ -95,7 +95,9 @@ def test_names_of_files_are_there(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for name in re.findall(r"`([\w/]+\.(?:py|yaml|md|txt)|(?:data|training|inference|hub|tests|docs)/[\w/]*)`", text):
         found = name in made or (ROOT / name).exists() or list(ROOT.glob(f"data/{name}"))
-        assert found or name in ("tabulatedVotes.csv", "encoders_NAME.py", "handler.py", "report.md"), f"{page}: {name}"
+        assert found or name in ("tabulatedVotes.csv", "encoders_NAME.py", "handler.py", "report.md"), (
+            f"{page}: {name}"
+        )
 
 
 def test_the_readmes_figures_are_those_of_the_pages() -> None:

@@ -1,5 +1,6 @@
 """Adaptation to a speaker: the arithmetic, batches, files of speakers, what is refused, and training's part."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,18 @@ def test_a_training_run_keeps_the_mean_voice_of_its_speakers(tmp_path) -> None:
         tmp_path / "saved", labels=["Good", "Bad"], ignore_mismatched_sizes=True
     )
     assert not relabelled.config.speaker_reference, "its offsets are other emotions'"
+
+    # Where every clip is mixed with another in the plans that are kept, some are not kept alone: they are encoded.
+    mixed = {"mixing_probability": 1.0, "augmentation_variants": 1, "majority_labels": ["Happy"]}
+    job = prepare(resolve({**recipe, **mixed, "corpus_options": actors, "output_dir": str(tmp_path / "mixed")}))
+    kept = [job.features.holds((clip,), "Kids are talking by the door") for clip in job.train_rows["id"]]
+    assert not all(kept)
+    trainer = fit(job)
+    inputs = replace(trainer.evaluation_collator, features=None)([*job.train_rows])
+    inputs = {name: value for name, value in inputs.items() if "label" not in name and name != "consensus"}
+    with torch.no_grad():
+        means = job.system.model(**inputs).speech_means.reshape(4, 3, -1).mean(1)
+    assert torch.allclose(job.system.model.sailer.speaker_reference.mean, means.mean(0), atol=1e-4)
 
     few = {"train_actors": "1-3", "validation_actors": "5", "test_actors": "6"}
     job = prepare(resolve({**recipe, "corpus_options": few, "output_dir": str(tmp_path / "few")}))

@@ -135,6 +135,11 @@ class FeatureStore:
                 shelf.add(_text_batches(model, collator, words, shelf.dtype, batch_size, autocast))
         return cls(shelf, audio, text, no_transcript, 1 if trains(config, "audio") else config.frame_pooling)
 
+    def holds(self, key: RenderingKey, transcript: str) -> bool:
+        """Whether `inputs` can be asked for an item, by its `rendering_key` and transcript."""
+        heard = self._audio is None or key in self._audio
+        return heard and (self._text is None or not transcript or transcript in self._text)
+
     def inputs(self, keys: Sequence[RenderingKey], transcripts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The model's inputs for a batch, of those towers that are kept.
 

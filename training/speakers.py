@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ def learn_mean_voice(trainer: SailerTrainer, rows: Dataset, seed: int = 0) -> bo
         model kept.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
+    collator: Any = trainer.evaluation_collator
     speakers = np.array(rows["speaker"][:])
     known = np.flatnonzero(speakers != "")
     if len(np.unique(speakers[known])) < FEWEST_SPEAKERS:
@@ -41,21 +44,27 @@ def learn_mean_voice(trainer: SailerTrainer, rows: Dataset, seed: int = 0) -> bo
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:MOST_CLIPS])
     if len(np.unique(speakers[chosen])) < FEWEST_SPEAKERS:  # nearly all are of a few speakers
         chosen = known
-    loader = torch.utils.data.DataLoader(
-        rows.select(chosen),
-        batch_size=trainer.args.eval_batch_size,
-        collate_fn=trainer.evaluation_collator,
-    )
+    held = np.ones(len(chosen), dtype=bool)
+    if getattr(collator, "features", None) is not None:  # a clip that every plan mixes with another is not kept alone
+        items = list(zip(rows["id"], rows["transcript"], strict=True))
+        held = np.array([collator.features.holds((items[row][0],), items[row][1]) for row in chosen])
     means, probabilities = [], []
     model.eval()
-    for batch in loader:
-        inputs = trainer._prepare_inputs(batch)
-        inputs = {name: value for name, value in inputs.items() if name not in (*TARGETS, CONSENSUS)}
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            outputs = model(**inputs, output_hidden_states=False, return_dict=True)
-        means.append(outputs.speech_means.float().cpu())
-        if outputs.logits is not None:
-            probabilities.append(outputs.logits.float().softmax(-1).cpu())
+    parts = [(chosen[held], collator)]
+    if not held.all():
+        parts.append((chosen[~held], replace(collator, features=None)))
+    for part, collate in parts:
+        for batch in torch.utils.data.DataLoader(
+            rows.select(part), batch_size=trainer.args.eval_batch_size, collate_fn=collate
+        ):
+            inputs = trainer._prepare_inputs(batch)
+            inputs = {name: value for name, value in inputs.items() if name not in (*TARGETS, CONSENSUS)}
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                outputs = model(**inputs, output_hidden_states=False, return_dict=True)
+            means.append(outputs.speech_means.float().cpu())
+            if outputs.logits is not None:
+                probabilities.append(outputs.logits.float().softmax(-1).cpu())
     said = torch.cat(probabilities) if probabilities else None
-    set_reference(model, torch.cat(means), said, speakers[chosen].tolist())
+    order = [*chosen[held], *chosen[~held]]
+    set_reference(model, torch.cat(means), said, speakers[order].tolist())
     return True
