@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,9 +76,9 @@ def test_odd_names_have_one_row_however_often_it_is_started(
     output = tmp_path / f"out{suffix}"
     encode, encoded = SpeechEmotionPipeline.encode, []
 
-    def count(self: SpeechEmotionPipeline, items: list[str]) -> Iterable:
+    def count(self: SpeechEmotionPipeline, items: list[str], **options: Any) -> Iterable:
         encoded.append(len(items))
-        return encode(self, items)
+        return encode(self, items, **options)
 
     monkeypatch.setattr(SpeechEmotionPipeline, "encode", count)
     for _ in range(3):
