@@ -94,13 +94,18 @@ def run_ahead(prepare: Callable[[Any], Clip], items: Iterable[Any], workers: int
         yield from map(prepare, items)
         return
     pending: deque[Future[Clip]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         for item in items:
             pending.append(pool.submit(prepare, item))
             if len(pending) > workers + batch_size:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        # Without waiting: after an error this may run while the garbage is collected, in the midst of starting another
+        # thread, which then could never start.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def at_least(option: str, value: Number, least: float) -> Number:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -139,3 +140,19 @@ def test_workers_prepare_at_the_same_time() -> None:
     with pytest.raises(threading.BrokenBarrierError):
         together.abort()
         next(run_ahead(prepare, range(3), workers=0, batch_size=1))
+
+
+def test_one_that_is_given_up_waits_for_nobody() -> None:
+    # Python's garbage collector gives it up after an error, at any moment: a wait could then stop everything.
+    done, begun = threading.Event(), time.monotonic()
+
+    def prepare(index: int) -> Clip:
+        assert index == 0 or done.wait(10)
+        return Clip(text=str(index))
+
+    prepared = run_ahead(prepare, itertools.count(), workers=2, batch_size=1)
+    assert next(prepared).text == "0"
+    prepared.close()
+    elapsed = time.monotonic() - begun
+    done.set()
+    assert elapsed < 5
