@@ -30,7 +30,7 @@ def test_options_of_several_loaders_are_known_to_each() -> None:
     assert shared.items() <= corpus_options("manifest").items()
     assert shared.items() <= corpus_options("hub").items()
     assert set(corpus_options("manifest")) - set(corpus_options("hub")) == {"delimiter"}
-    assert set(corpus_options("hub")) - set(corpus_options("manifest")) == {"subset", "revision"}
+    assert set(corpus_options("hub")) - set(corpus_options("manifest")) == {"subset", "revision", "streamed"}
 
 
 def test_helper_modules_are_no_corpora() -> None:
