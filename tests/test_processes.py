@@ -225,13 +225,13 @@ def test_weights_that_a_step_leaves_out_are_looked_for_only_where_there_can_be_s
 def test_clips_a_second_leave_evaluations_out() -> None:
     throughput = Throughput(torch.device("cpu"))
     with throughput.paused():
-        time.sleep(0.5)
+        time.sleep(1.5)
     throughput.clips = 10
 
     class Alone:
         num_processes = 1
 
     told = throughput.told(Alone())
-    rate = float(re.search(r"Trained on 10 clips in 0\.. s .* ([\d.]+) clips/s; peak memory \d+ MB", told)[1])
-    assert rate > 20, "half a second of waiting would make it less"
+    rate = float(re.search(r"Trained on 10 clips in [\d.]+ s .* ([\d.]+) clips/s; peak memory \d+ MB", told)[1])
+    assert rate > 7, "a second and a half of waiting would make it less"
     assert throughput.peak_bytes() > 1e8
