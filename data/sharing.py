@@ -43,7 +43,7 @@ def read_once(read: Callable[[], DatasetDict], folder: Path, team: Team) -> tupl
     host = socket.gethostname()
     place = folder / f"{host}-{team.token}"
     if team.index == 0:
-        for left in folder.glob(f"{host}-*"):  # of a run that was killed
+        for left in {*folder.glob(f"{host}-*")} - {place}:  # of a run that was killed; here another may have begun
             shutil.rmtree(left, ignore_errors=True)
     with team.at_work(place):
         if team.index == 0:

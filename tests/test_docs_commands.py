@@ -48,6 +48,7 @@ SCRIPTS = {
     "docs/run_onnx.py": {},
     "benchmarks/emobox.py": {"recipes": "ravdess_whisper_base", "audio_backbone": "tiny-whisper"},
     "benchmarks/linear.py": {"rounds": "1"},
+    "benchmarks/loader.py": {"clips": "64"},
     "benchmarks/streaming.py": {"seconds": "1"},
     "examples/fine_tune_with_trainer.py": {"epochs": "1"},
 }

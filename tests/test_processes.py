@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 
 from sailer.data.schema import CorpusError
 from sailer.data.sharing import read_once
@@ -200,6 +202,22 @@ def test_a_corpus_that_cannot_be_read_is_told_to_those_who_wait(tmp_path: Path) 
         read_once(fail, tmp_path, Team(0, 2, "run"))
     with pytest.raises(TeamError, match="Process 0 failed: CorpusError: no such folder"):
         read_once(fail, tmp_path, Team(1, 2, "run"))
+
+
+def test_a_process_that_is_there_before_the_one_that_reads_is_waited_for(tmp_path: Path) -> None:
+    rows = DatasetDict({"train": Dataset.from_dict({"id": ["a", "b"]})})
+    (tmp_path / f"{socket.gethostname()}-killed").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(read_once, lambda: None, tmp_path, Team(1, 2, "run"))
+        while not list(tmp_path.glob("*-run/.run/1.alive")):
+            time.sleep(0.01)
+        there: list[Path] = []
+        read = lambda: there.extend(tmp_path.glob("*-run/.run/1.alive")) or rows  # noqa: E731
+        first = pool.submit(read_once, read, tmp_path, Team(0, 2, "run"))
+        for corpus, _ in (first.result(60), second.result(60)):
+            assert corpus["train"]["id"][:] == ["a", "b"]
+    assert there, "what it had begun was deleted with the rest of a run that was killed"
+    assert [path.name for path in tmp_path.iterdir()] == [f"{socket.gethostname()}-run"]
 
 
 def test_a_process_that_is_alone_writes_no_copy(tmp_path: Path) -> None:
