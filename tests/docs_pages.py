@@ -43,7 +43,7 @@ class Command:
 
     @property
     def needs(self) -> str:
-        found = re.search(r"# needs (the Hub|PyPI|a GPU)", self.text)
+        found = re.search(r"# needs (the Hub|PyPI|a GPU|RAVDESS)", self.text)
         return found[1] if found else ""
 
 
