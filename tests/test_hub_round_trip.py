@@ -133,7 +133,8 @@ def test_without_the_package(
     others = [ours(different_clips[1], *(texts[:1] or [None])), *(ours(different_clips[0], t) for t in texts[1:])]
     for name, value in expected.items():
         assert torch.equal(outputs[name], value), f"{name} differs from that of the model that was saved"
-        assert all((value - other[name]).abs().max() > 0.01 for other in others), f"{name} is the same for everything"
+        different = others[:1] if name == "speech_means" else others  # which a transcript does not change
+        assert all((value - other[name]).abs().max() > 0.01 for other in different), f"{name} is always the same"
 
     classifier = SpeechEmotionPipeline(model=model, processor=processor, device="cpu")
     item = {"audio": str(clip), "text": texts[0]} if texts else str(clip)
