@@ -140,13 +140,18 @@ def answers(model: Any, inputs: Any) -> torch.Tensor:
         return model.eval()(**inputs).logits
 
 
+def same(answers: torch.Tensor, others: torch.Tensor) -> bool:
+    """Up to the last digits, which products may owe to where in memory the weights lie."""
+    return torch.allclose(answers, others, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("backbone", ["whisper", "wavlm"])
 def test_at_first_it_changes_nothing_and_then_it_alone_trains(backbone: str, system: Callable) -> None:
     model, _, inputs = system(backbone, audio_layers="weighted", **BOTH)
     plain, *_ = system(backbone, audio_layers="weighted")
     own = {name: value for name, value in model.state_dict().items() if ".lora_" not in name}
     plain.load_state_dict({name.replace(".base_layer.", "."): value for name, value in own.items()})
-    assert torch.equal(answers(model, inputs), answers(plain, inputs))
+    assert same(answers(model, inputs), answers(plain, inputs))
     before = {name: value.clone() for name, value in model.named_parameters()}
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     assert {name for name in trained if "_encoder." in name} == {name for name in before if ".lora_" in name}
@@ -165,7 +170,7 @@ def test_only_lora_hears_dropout(system: Callable) -> None:
     train(model, inputs).train()
     with torch.no_grad():
         assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
-    assert torch.equal(answers(model, inputs), answers(model, inputs))
+    assert same(answers(model, inputs), answers(model, inputs))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "alpha": 3.5}], ids=str)
@@ -183,7 +188,7 @@ def test_saved_as_adapters_and_merged(backbone: str, options: dict, system: Call
     assert files == {"model.safetensors", *(f"{name}_adapter/adapter_model.safetensors" for name in ("audio", "text"))}
     assert not [name for name in load_file(tmp_path / "adapters" / "model.safetensors") if "_encoder." in name]
     again = SailerForAudioClassification.from_pretrained(tmp_path / "adapters")
-    assert torch.equal(answers(again, inputs), expected)
+    assert same(answers(again, inputs), expected)
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     assert {name for name, value in again.named_parameters() if value.requires_grad} == trained
     again.save_pretrained(tmp_path / "copy")
@@ -194,7 +199,7 @@ def test_saved_as_adapters_and_merged(backbone: str, options: dict, system: Call
     again.merge_lora().save_pretrained(tmp_path / "whole")
     torch.testing.assert_close(answers(again, inputs), expected, atol=1e-5, rtol=0)
     whole = SailerForAudioClassification.from_pretrained(tmp_path / "whole")
-    assert torch.equal(answers(whole, inputs), answers(again, inputs))
+    assert same(answers(whole, inputs), answers(again, inputs))
     assert whole.state_dict().keys() == plain.state_dict().keys() and whole.config.backbones is None
     assert "peft" in (tmp_path / "adapters" / "requirements.txt").read_text()
     assert "peft" not in (tmp_path / "whole" / "requirements.txt").read_text()
@@ -224,14 +229,14 @@ def test_oddly_built_ones_round_trip_too(system: Callable, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert [name for name in saved if "text_encoder." in name] and "sailer.audio_frame_norm.running_mean" in saved
-    assert torch.equal(answers(SailerForAudioClassification.from_pretrained(tmp_path), inputs), expected)
+    assert same(answers(SailerForAudioClassification.from_pretrained(tmp_path), inputs), expected)
     more = SailerForAudioClassification.from_pretrained(tmp_path, heads=["primary", "sex"], dtype=torch.bfloat16)
     assert {value.dtype for value in more.parameters()} == {torch.bfloat16} and "sex" in more.heads
     base = sailer.SailerModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(base(**inputs).embeddings, model(**inputs).embeddings)
+        assert same(base(**inputs).embeddings, model(**inputs).embeddings)
     auto = AutoModelForAudioClassification.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    assert torch.equal(answers(auto, inputs), expected)
+    assert same(answers(auto, inputs), expected)
 
 
 def test_training_goes_on_from_a_saved_system(system: Callable, tmp_path: Path) -> None:
@@ -241,11 +246,11 @@ def test_training_goes_on_from_a_saved_system(system: Callable, tmp_path: Path) 
     first.save_pretrained(tmp_path / "first")
     model = SailerForAudioClassification.from_pretrained(tmp_path / "first")
     model.add_lora(audio={"rank": 2}, source=tmp_path / "first")
-    assert torch.equal(answers(model, inputs), answers(first, inputs))
+    assert same(answers(model, inputs), answers(first, inputs))
     train(model, inputs).save_pretrained(tmp_path / "second")
     assert not [name for name in load_file(tmp_path / "second" / "model.safetensors") if "_encoder." in name]
     second = SailerForAudioClassification.from_pretrained(tmp_path / "second")
-    assert torch.equal(answers(second, inputs), answers(model, inputs))
+    assert same(answers(second, inputs), answers(model, inputs))
     with pytest.raises(ValueError, match=r"The audio encoder has LoRA already: merge it first"):
         second.add_lora(audio={"rank": 2})
     second.merge_lora().add_lora(audio={"rank": 2})
@@ -270,7 +275,7 @@ def test_a_backbone_that_moved_or_is_another(system: Callable, tiny_text: Path, 
     moved = {"backbones": {"audio": {"source": str(tmp_path / "there")}}}
     for kind in (SailerForAudioClassification, AutoModelForAudioClassification):
         options = moved if kind is SailerForAudioClassification else moved | {"trust_remote_code": True}
-        assert torch.equal(answers(kind.from_pretrained(tmp_path / "adapters", **options), inputs), expected)
+        assert same(answers(kind.from_pretrained(tmp_path / "adapters", **options), inputs), expected)
     other = str(make_tiny_whisper(tmp_path / "other", seed=1))
     with pytest.raises(
         ValueError, match=r"other are not those that the adapters of the audio encoder were trained on"
@@ -397,7 +402,7 @@ def test_without_the_package(is_merged: bool, system: Callable, tmp_path: Path) 
         **{"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert torch.equal(torch.load(said), answers(model, inputs))
+    assert same(torch.load(said), answers(model, inputs))
 
 
 def test_a_missing_peft_is_named(system: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
