@@ -84,6 +84,7 @@ class Job:
     features: FeatureStore | None = None
     started: float = 0.0
     shared_rows: Path | None = None
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def train_rows(self) -> Dataset:
@@ -205,7 +206,8 @@ def prepare(settings: Settings, corpus: DatasetDict | None = None, watch: Watch 
         folder = Path(settings.training.output_dir) / "corpus"
         team = Team.of_this_run(per_machine=True)
         corpus, shared_rows = read_once(lambda: read_corpus(settings.data, label_set), folder, team)
-    checks.check_same_corpus(corpus, watch or Watch())
+    watch = watch or Watch()
+    checks.check_same_corpus(corpus, watch)
     checks.check_corpus(settings, label_set, corpus)
     for name, rows in corpus.items() if settings.training.process_index == 0 else ():
         print(f"{name}: {len(rows)} clips, {np.nansum(rows.with_format('numpy')['duration']) / 3600:.2f} h")
@@ -215,7 +217,8 @@ def prepare(settings: Settings, corpus: DatasetDict | None = None, watch: Watch 
     train_rows = corpus[settings.data.train_split]
     planned = PlannedDataset(train_rows, settings.augmentation, label_set, seed=settings.training.seed)
     system = build_system(settings, label_set, train_rows, watch)
-    job = Job(settings, output_dir, resolved, corpus, system, planned, started=started, shared_rows=shared_rows)
+    job = Job(settings, output_dir, resolved, corpus, system, planned)
+    job.started, job.shared_rows, job.watch = started, shared_rows, watch
     if settings.data.shuffled_label_baseline:
         shuffled = shuffle_labels(train_rows, settings.training.seed)
         job.shuffled = PlannedDataset(shuffled, settings.augmentation, label_set, seed=settings.training.seed)
@@ -260,7 +263,7 @@ def fit_baseline(job: Job) -> SailerTrainer:
     training.resume_from_checkpoint, training.push_to_hub = None, False
     set_seed(training.seed)
     settings = replace(job.settings, training=training)
-    system = build_system(settings, job.system.label_set, job.train_rows)
+    system = build_system(settings, job.system.label_set, job.train_rows, job.watch)
     return fit(replace(job, settings=settings, system=system, planned=job.shuffled))
 
 

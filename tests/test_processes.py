@@ -41,11 +41,11 @@ OPTIONS = {
 }
 KEPT = {"freeze_audio": "true", "freeze_text": "true", "augmentation_variants": 1, "cache_features": "disk"}
 
-# Runs `sailer train` in a process that counts what it reads and, as process 1, kills itself in a method.
+# Runs `sailer train` in a process that counts what it reads and makes and, as process 1, kills itself in a method.
 TRAIN = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
-import sailer.modeling_sailer, sailer.train, sailer.training.trainer
+import sailer.modeling_sailer, sailer.train, sailer.training.tiny_backbones, sailer.training.trainer
 from sailer.cli import main
 
 place, where = Path(sys.argv[1]), sys.argv[2]
@@ -59,7 +59,15 @@ def die(*arguments, **options):
     (place / "died").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
-sailer.train.read_corpus = counted
+TINY = sailer.training.tiny_backbones.TINY
+make = TINY["tiny-whisper"]
+
+def made(folder, **options):
+    time.sleep(2)  # long enough for one that does not wait
+    (place / f"made-{os.environ['RANK']}-{len(list(place.glob('made-*')))}").touch()
+    return make(folder, **options)
+
+sailer.train.read_corpus, TINY["tiny-whisper"] = counted, made
 if where != "nowhere" and os.environ["RANK"] == "1":
     owner, name = {
         "keeping": (sailer.modeling_sailer.SailerModel, "audio_hidden_states"),
@@ -96,16 +104,18 @@ def test_torchrun_without_a_gpu_trains_one_system_and_reads_the_corpus_once(tmp_
     script = tmp_path / "count.py"
     script.write_text(TRAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(script), *train_command(tmp_path, "nowhere")[2:]]
+    command = [*launcher, str(script), *train_command(tmp_path, "nowhere", shuffled_label_baseline="true")[2:]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list(tmp_path.glob("read-*"))) == 1
+    # The system's backbone and its baseline's.
+    assert sorted(path.name for path in tmp_path.glob("made-*")) == ["made-0-0", "made-0-1"]
     assert "find_unused_parameters" not in done.stderr and "parallel_mode" not in done.stderr
     assert done.stdout.count("The system, its card and its figures are in") == 1
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["validation"]["clips"] == 10
     told = re.search(r"Trained on 32 clips in .* clips/s; peak memory of each of 2 processes at most", done.stdout)
-    assert told and done.stdout.count("Trained on") == 1
+    assert told and done.stdout.count("Trained on") == 2  # and the baseline
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
@@ -145,6 +155,8 @@ def test_a_process_that_waits_for_ever_is_ended_when_another_dies_or_fails(
         sys.stdout = sys.stderr = (tmp_path / str(rank)).open("w")
         with Watch(rank, 2) as watch:
             print(watch.agree("said", "ab"[rank]), flush=True)
+            time.sleep(rank)
+            print(watch.agree("said", "cd"[rank]), flush=True)
             if rank == 1 and event == "dies":
                 os._exit(9)
             if rank == 1 and event == "fails":
@@ -161,7 +173,7 @@ def test_a_process_that_waits_for_ever_is_ended_when_another_dies_or_fails(
         process.join(100)
     printed = (tmp_path / "0").read_text()
     assert processes[0].exitcode == status and re.search(told, printed), printed
-    assert "['a', 'b']" in printed and time.monotonic() - started < 59
+    assert "['a', 'b']\n['c', 'd']" in printed and time.monotonic() - started < 59
 
 
 class Others:

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -40,6 +41,7 @@ class Watch:
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
         self._hosts: set[str] = set()
+        self._said: Counter[str] = Counter()
 
     @classmethod
     def of_this_run(cls) -> Watch:
@@ -82,11 +84,15 @@ class Watch:
                 return
 
     def agree(self, name: str, value: str) -> list[str]:
-        """What each process says under a name, in their order; waits for all, however long that takes."""
+        """What each process says under a name, in their order; waits for all, however long that takes.
+
+        What is said again under a name is waited for again.
+        """
         if self.size == 1:
             return [value]
-        self._store.set(f"{self.index}.{name}", value)
-        keys = [f"{index}.{name}" for index in range(self.size)]
+        self._said[name] += 1
+        keys = [f"{index}.{name}.{self._said[name]}" for index in range(self.size)]
+        self._store.set(keys[self.index], value)
         while not self._store.check(keys):
             if self.verdict is not None:
                 raise TeamError(self.verdict)
