@@ -418,6 +418,7 @@ def fit(job: Job) -> SailerTrainer:
         objective=SailerObjective(settings.objective, system.label_weights, system.label_prior),
         label_set=system.label_set,
         manifold_mixup=settings.augmentation.manifold_mixup,
+        state_mixup=settings.augmentation.state_mixup,
         evaluation_collator=replace(collator, hard_targets=False),
         train_dataset=streamed_clips(job.planned, settings) if settings.data.streaming else job.planned,
         eval_dataset=job.validation_rows,

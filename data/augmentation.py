@@ -52,6 +52,7 @@ class AugmentationSettings:
         augmentation_variants: 0 for a fresh plan every epoch; K to cycle through K plans, so that features of
             a frozen encoder can be kept.
         manifold_mixup: alpha of the Beta distribution that the trainer mixes fused embeddings by; 0 is off.
+        state_mixup: alpha of the Beta distribution that the trainer mixes frozen towers' kept states by; 0 is off.
 
     Raises:
         ValueError: an option outside its range or set of values; the message names it.
@@ -66,6 +67,7 @@ class AugmentationSettings:
     undersample_majority: float = 0.0
     augmentation_variants: int = 0
     manifold_mixup: float = 0.0
+    state_mixup: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.annotation_dropout, bool):
@@ -79,8 +81,15 @@ class AugmentationSettings:
                 raise ValueError(f"{option} is one of {list(get_args(mode))}, got {getattr(self, option)!r}.")
         if not isinstance(self.augmentation_variants, int) or self.augmentation_variants < 0:
             raise ValueError(f"augmentation_variants is a whole number from 0, got {self.augmentation_variants!r}.")
-        if not 0 <= self.manifold_mixup < math.inf:
-            raise ValueError(f"manifold_mixup is a number from 0, got {self.manifold_mixup!r}.")
+        for option in ("manifold_mixup", "state_mixup"):
+            value = getattr(self, option)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{option} is a number from 0, got {value!r}.")
+        if self.manifold_mixup and self.state_mixup:
+            raise ValueError(
+                f"manifold_mixup is {self.manifold_mixup:g} and state_mixup {self.state_mixup:g}: a batch is mixed "
+                "once; leave one of them out."
+            )
         shortest = MAXIMUM_GAP_SECONDS if self.mixing_probability else 0
         if not self.max_seconds > shortest:
             raise ValueError(f"max_seconds must exceed {shortest} s (the longest silence), got {self.max_seconds!r}.")

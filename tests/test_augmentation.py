@@ -277,6 +277,7 @@ def test_other_label_sets():
 
 def test_everything_is_off_by_default():
     off = ("annotation_dropout", "mixing_probability", "text_dropout", "undersample_majority", "manifold_mixup")
+    off += ("state_mixup",)
     modes = {"annotation_dropout_mode": "majority", "mixing_mode": "minority"}
     expected = dict.fromkeys(off, 0.0) | modes | {"max_seconds": 15.0, "augmentation_variants": 0}
     assert dataclasses.asdict(AugmentationSettings()) == expected
@@ -301,6 +302,7 @@ def test_rates_outside_the_unit_interval(option, rate):
         ({"augmentation_variants": 1.5}, "augmentation_variants is a whole number"),
         ({"manifold_mixup": -1.0}, "manifold_mixup is a number from 0"),
         ({"manifold_mixup": float("inf")}, "manifold_mixup is a number from 0"),
+        ({"state_mixup": -0.1}, "state_mixup is a number from 0"),
         ({"max_seconds": 0}, "max_seconds must exceed 0 s"),
         ({"max_seconds": 1.5, "mixing_probability": 0.5}, "max_seconds must exceed 2.0 s"),
     ],

@@ -278,6 +278,17 @@ def test_manifold_mixup_mixes_the_targets_of_a_batch(corpus: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_kept_states_are_mixed_within_a_batch(corpus: Path, tmp_path: Path) -> None:
+    kept = {"text_backbone": "null", "cache_features": "memory", "frame_pooling": 16, "heads": "[primary]"}
+    record = train(corpus, tmp_path / "run", augmentation_variants=1, state_mixup=0.5, **kept)
+    for batch, call in zip(record.batches, record.losses, strict=True):
+        own, mixed = batch["labels"].double(), call["targets"]["labels"].double()
+        assert (own - mixed).abs().max() > 0.05
+        for one, got in zip(own, mixed, strict=True):
+            assert min(_off_the_line(one, other, got) for other in own) < 1e-5
+
+
+@pytest.mark.slow
 def test_states_are_kept_in_the_precision_of_the_training(corpus: Path, tmp_path: Path) -> None:
     """Those of one precision are none of another's: three runs make two sets of sounds' and transcripts' states."""
     for name, bf16, sets in (("exact", "false", 1), ("half", "true", 2), ("again", "true", 2)):

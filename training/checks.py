@@ -24,6 +24,7 @@ from sailer.hub.origins import LICENSES
 from sailer.settings import LORA_OPTIONS, DataSettings, ModelSettings, Settings, SettingsError
 from sailer.training.checkpoints import digest_of_rows
 from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
+from sailer.training.mixup import UNPOOLED
 from sailer.training.tiny_backbones import TINY
 
 if TYPE_CHECKING:
@@ -84,6 +85,14 @@ def check_settings(settings: Settings) -> None:
         raise SettingsError(
             "text_dropout is set but the system has no text encoder: set text_backbone, or text_dropout to 0."
         )
+    if settings.augmentation.state_mixup and not model.base_model:
+        if data.cache_features == "off" or (model.text_backbone and not model.freeze_text):
+            raise SettingsError(
+                f"state_mixup is {settings.augmentation.state_mixup:g} but not every tower's states are kept: set "
+                "cache_features, with freeze_text true, or manifold_mixup in its place."
+            )
+        if model.audio_layers == "weighted_norm" and model.frame_pooling == 1:
+            raise SettingsError(UNPOOLED)
     _check_splits(settings)
     _check_corpus_facts(settings.data)
     if data.streaming:

@@ -21,6 +21,7 @@ from sailer.data.streaming import StreamedClips
 from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import TEACHER, SailerObjective
+from sailer.training.mixup import Mixture, mix_states, mix_targets
 from sailer.training.publishing import PublishingTrainer
 from sailer.training.throughput import Throughput
 
@@ -52,6 +53,7 @@ class SailerTrainer(PublishingTrainer):
         label_set: the primary emotions, for the metrics.
         manifold_mixup: alpha of the Beta distribution for mixing fused embeddings within a batch
             (https://arxiv.org/abs/1806.05236); 0 is off.
+        state_mixup: the same for the frozen towers' kept states, in place of it: `sailer.training.mixup.mix_states`.
         evaluation_collator: makes evaluation batches; the training collator by default.
         processing_class: the `SailerProcessor`, saved with every checkpoint.
         identity: what another run must share to go on with this one's checkpoints, by name.
@@ -72,6 +74,7 @@ class SailerTrainer(PublishingTrainer):
         objective: SailerObjective,
         label_set: LabelSet | None = None,
         manifold_mixup: float = 0.0,
+        state_mixup: float = 0.0,
         evaluation_collator: Any = None,
         processing_class: Any = None,
         identity: Mapping[str, Any] | None = None,
@@ -86,7 +89,7 @@ class SailerTrainer(PublishingTrainer):
         # Not `objective`, which Trainer's hyperparameter search sets to a figure.
         self.training_objective: SailerObjective = objective.to(self.args.device)
         self.label_set = label_set or LabelSet()
-        self.manifold_mixup = manifold_mixup
+        self.manifold_mixup, self.state_mixup = manifold_mixup, state_mixup
         self.evaluation_collator = evaluation_collator or self.data_collator
         self._component_sums: dict[str, torch.Tensor] = {}
         self._component_batches = 0
@@ -113,7 +116,7 @@ class SailerTrainer(PublishingTrainer):
         """The objective's weighted sum; its parts are kept for the next log."""
         targets = {name: inputs[name] for name in (*TARGETS, TEACHER) if name in inputs}
         inputs = {name: value for name, value in inputs.items() if name not in targets and name != CONSENSUS}
-        if model.training and self.manifold_mixup:
+        if model.training and (self.manifold_mixup or self.state_mixup):
             inputs, targets = self._mix_up(inputs, targets)
         outputs = model(**inputs, output_hidden_states=False, return_dict=True)
         self.training_objective.train(model.training)
@@ -368,19 +371,13 @@ class SailerTrainer(PublishingTrainer):
         self, inputs: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         rows = next(iter(targets.values()))
-        alpha = torch.tensor(self.manifold_mixup, dtype=torch.float32)
-        # Drawn on the host, which does not wait until they are on a GPU.
-        shares = torch.distributions.Beta(alpha, alpha).sample((len(rows),)).to(rows.device, non_blocking=True)
-        permutation = torch.randperm(len(rows)).to(rows.device, non_blocking=True)
-        mixed = {}
-        for name, target in targets.items():
-            other = target[permutation]
-            if target.is_floating_point():
-                share = shares.view(-1, *[1] * (target.ndim - 1)).to(target.dtype)
-                mixed[name] = share * target + (1 - share) * other
-            else:  # a class index: known only where both agree
-                mixed[name] = torch.where(target == other, target, -100)
-        return {**inputs, "mixup_permutation": permutation, "mixup_lambda": shares}, mixed
+        mixture = Mixture.draw(self.state_mixup or self.manifold_mixup, len(rows), rows.device)
+        if self.state_mixup:
+            config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
+            inputs = mix_states(inputs, mixture, getattr(config, "audio_layers", None) == "weighted_norm")
+        else:
+            inputs = {**inputs, "mixup_permutation": mixture.permutation, "mixup_lambda": mixture.shares}
+        return inputs, mix_targets(targets, mixture)
 
 
 def has_parts_left_out(model: torch.nn.Module) -> bool:
