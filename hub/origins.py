@@ -75,18 +75,34 @@ class _Backbone:
     license_link: str = ""
 
 
-# License and pre-training as their cards and papers have them; the first pattern that matches counts.
+# The first pattern that matches counts. Licenses and training data were compared with the cards on the Hub in November
+# 2026 (the header's `license`, and what the text says it was trained on), except that:
+# - WavLM's cards have no license in the header; their text points to github.com/microsoft/UniSpeech/blob/main/LICENSE,
+#   which is CC BY-SA 3.0. torchaudio, whose copies come from microsoft/unilm, says MIT; the stricter one stands here;
+# - wav2vec2-large-lv60's card names LibriSpeech; that it is Libri-Light is the paper's (torchaudio says so too);
+# - emotion2vec's cards call their license "model-license" and link to FunASR, whose MODEL_LICENSE it is. What
+#   emotion2vec_base heard is the paper's (https://arxiv.org/abs/2312.15185), of EmoBox's corpora its own list;
+# - of wav2vec2-xls-r-*, bert-* and hubert-base-ls960 the cards were not at hand: papers and memory.
+_WHISPER_V3 = f"5 million hours of speech from the web {_WEB}"
 BACKBONES = (
-    _Backbone("openai/whisper-large-v3*", "apache-2.0", f"5 million hours of speech from the web {_WEB}", "whisper"),
+    _Backbone("openai/whisper-large-v3-turbo", "mit", _WHISPER_V3, "whisper"),
+    _Backbone("openai/whisper-large-v3", "apache-2.0", _WHISPER_V3, "whisper"),
     _Backbone("openai/whisper-*", "apache-2.0", f"680,000 hours of speech from the web {_WEB}", "whisper"),
     _Backbone("microsoft/wavlm-base", "cc-by-sa-3.0", "LibriSpeech", "wavlm"),
-    _Backbone("microsoft/wavlm-*", "cc-by-sa-3.0", "Libri-Light, GigaSpeech and VoxPopuli", "wavlm"),
+    *(
+        _Backbone(f"microsoft/wavlm-{name}", "cc-by-sa-3.0", "Libri-Light, GigaSpeech and VoxPopuli", "wavlm")
+        for name in ("base-plus", "large")
+    ),
     _Backbone("facebook/hubert-base-ls960", "apache-2.0", "LibriSpeech", "hubert"),
+    _Backbone(
+        "facebook/hubert-*-ls960-ft", "apache-2.0", "Libri-Light, and LibriSpeech with its transcripts", "hubert"
+    ),
     _Backbone("facebook/hubert-*", "apache-2.0", "Libri-Light", "hubert"),
+    _Backbone("facebook/wav2vec2-*-voxpopuli*", "cc-by-nc-4.0", "VoxPopuli", "wav2vec2"),
     _Backbone("facebook/wav2vec2-base*", "apache-2.0", "LibriSpeech", "wav2vec2"),
     _Backbone("facebook/wav2vec2-large-lv60", "apache-2.0", "Libri-Light", "wav2vec2"),
     _Backbone(
-        "facebook/wav2vec2-large-robust*",
+        "facebook/wav2vec2-large-robust",
         "apache-2.0",
         "Libri-Light, Common Voice, Switchboard and Fisher",
         "wav2vec2",

@@ -61,6 +61,28 @@ def test_an_unknown_license_is_other_with_a_warning(origin: Origin, caplog) -> N
     assert f"The license of the {origin.kind} {origin.name} is not known" in warning
 
 
+@pytest.mark.parametrize(
+    ("hub_id", "license_", "heard"),
+    [
+        ("openai/whisper-large-v3", "apache-2.0", "5 million hours"),
+        ("openai/whisper-large-v3-turbo", "mit", "5 million hours"),
+        ("openai/whisper-large-v2", "apache-2.0", "680,000 hours"),
+        ("facebook/hubert-large-ll60k", "apache-2.0", "Libri-Light"),
+        ("facebook/hubert-large-ls960-ft", "apache-2.0", "Libri-Light, and LibriSpeech with its transcripts"),
+        ("facebook/wav2vec2-base-960h", "apache-2.0", "LibriSpeech"),
+        ("facebook/wav2vec2-base-100k-voxpopuli", "cc-by-nc-4.0", "VoxPopuli"),
+        ("facebook/wav2vec2-large-100k-voxpopuli", "cc-by-nc-4.0", "VoxPopuli"),
+        ("microsoft/wavlm-base", "cc-by-sa-3.0", "LibriSpeech"),
+        ("microsoft/wavlm-base-plus", "cc-by-sa-3.0", "Libri-Light, GigaSpeech and VoxPopuli"),
+        # Fine-tuned on speakers' names: neither its license nor what it heard was looked up.
+        ("microsoft/wavlm-base-plus-sv", "", ""),
+    ],
+)
+def test_kin_of_a_backbone_are_not_taken_for_it(hub_id: str, license_: str, heard: str) -> None:
+    found = of_backbone(SPEECH, hub_id)
+    assert found.license == license_ and found.heard.startswith(heard) and bool(found.heard) == bool(heard)
+
+
 def test_what_a_user_says_counts_where_nothing_is_known() -> None:
     assert most_restrictive([of_corpus("my_recordings", "cc-by-nc-4.0")]) == {"license": "cc-by-nc-4.0"}
 

@@ -44,7 +44,7 @@ _NAME = re.compile(r"(?P<actor>\d\d)(?P<sentence>[ab]\d\d)(?P<emotion>[WLEAFTN])
 
 @corpus(
     "emo_db",
-    # It can be fetched freely, and its page states no license.
+    # It can be fetched freely, and its pages (those of /docu too) state no license.
     about=About(title="EMO-DB", license="", link="http://emodb.bilderbar.info", languages=("de",)),
 )
 def load(
