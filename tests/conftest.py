@@ -33,6 +33,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test's random weights, those of the fixtures made for it too, depend on no test before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real speech, weights and reference outputs beside the checkout."""

@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from huggingface_hub import ModelCard
 
 from sailer.cli import main
-from sailer.settings import SettingsError, resolve
+from sailer.settings import SettingsError, load_recipe, resolve
+from sailer.train import prepare
 from sailer.training.seeds import check_seeds, summarize
 
 from .small_runs import run_options, write_corpus
@@ -62,6 +65,20 @@ def test_seeds_that_cannot_be_used_are_refused(words: list[str], message: str, t
     assert main(["train", "demo", "--output_dir", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_system_on_a_tiny_backbone_begins_as_its_seed_says(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def heads(seed: int, place: str) -> torch.Tensor:
+        words = [word.removeprefix("--").split("=", 1) for word in run_options(corpus, tmp_path / place)[2:]]
+        given = {name: yaml.safe_load(value) for name, value in words} | {"seed": seed}
+        heads = prepare(resolve(load_recipe("demo"), given)).system.model.heads
+        return torch.cat([parameter.detach().flatten() for parameter in heads.parameters()])
+
+    first = heads(0, "a")
+    assert not torch.equal(first, heads(1, "b"))
+    assert torch.equal(first, heads(0, "a")), "the backbone is there already, which changes nothing"
 
 
 def test_a_recipe_s_own_seed_stands_back() -> None:

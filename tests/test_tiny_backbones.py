@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor, BertConfig
 
 import sailer.train
@@ -37,6 +38,23 @@ def test_each_is_of_its_family_small_and_hears(name: str, tmp_path: Path, differ
         alone = model(**processor(different_clips[:1], sampling_rate=16000)).logits
     assert logits.isfinite().all() and (logits[0] - logits[2]).abs().max() > 1e-4
     torch.testing.assert_close(alone, logits[:1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_its_weights_are_its_seed_s_and_the_caller_s_random_numbers_go_on(name: str, tmp_path: Path) -> None:
+    def made(folder: str, **options: int) -> dict[str, torch.Tensor]:
+        (file,) = TINY[name](tmp_path / folder, **options).glob("*.safetensors")
+        return load_file(file)
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, drawn = made("first"), torch.rand(1)
+    again = made("again")
+    assert torch.equal(torch.cat([drawn, torch.rand(1)]), expected)
+    other = made("other", seed=1)
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert any(not torch.equal(weight, other[name]) for name, weight in first.items())
 
 
 @pytest.fixture

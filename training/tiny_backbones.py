@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,20 @@ from transformers import (
 
 from sailer.encoders_emotion2vec import Emotion2VecConfig, Emotion2VecFeatureExtractor, Emotion2VecModel
 
-# Configurations of backbones that the recipes name, by the last part of their Hub id.
+# Configurations of backbones that the recipes name, by the last part of their Hub id: what decides their shape, as the
+# published config.json has it (compared in November 2026; of HuBERT, wav2vec2 and w2v-BERT with that of systems
+# fine-tuned from them, which repeat it).
 CONFIGURATIONS = Path(__file__).resolve().parents[1] / "backbone_configs"
 SPECIAL_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 DEFAULT_TEXTS = ("the quick brown fox jumps over the lazy dog", "i am so happy about this", "leave me alone")
+
+
+@contextmanager
+def _random_numbers_of(seed: int) -> Iterator[None]:
+    """Torch's numbers on the CPU begin at a seed, and afterwards go on as before: the caller's seed stays in force."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def make_tiny_whisper(
@@ -46,7 +57,6 @@ def make_tiny_whisper(
     Returns:
         The folder.
     """
-    torch.manual_seed(seed)
     config = WhisperConfig(
         d_model=width,
         encoder_layers=layers,
@@ -64,7 +74,8 @@ def make_tiny_whisper(
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
-    (WhisperForConditionalGeneration if prefix else WhisperModel)(config).save_pretrained(folder)
+    with _random_numbers_of(seed):
+        (WhisperForConditionalGeneration if prefix else WhisperModel)(config).save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=mels).save_pretrained(folder)
     return Path(folder)
 
@@ -74,7 +85,6 @@ def make_tiny_wavlm(folder: str | Path, seed: int = 0, norm: str = "layer", fami
 
     `family` "hubert" or "wav2vec2" makes one of those, which are of the same form.
     """
-    torch.manual_seed(seed)
     config = AutoConfig.for_model(
         family,
         hidden_size=48,
@@ -88,25 +98,25 @@ def make_tiny_wavlm(folder: str | Path, seed: int = 0, norm: str = "layer", fami
         do_stable_layer_norm=norm == "layer",
         layerdrop=0.0,
     )
-    AutoModel.from_config(config).save_pretrained(folder)
+    with _random_numbers_of(seed):
+        AutoModel.from_config(config).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer", do_normalize=True).save_pretrained(folder)
     return Path(folder)
 
 
 def make_tiny_wav2vec2_bert(folder: str | Path, seed: int = 0) -> Path:
     """w2v-BERT 2.0 checkpoint with random weights."""
-    torch.manual_seed(seed)
     config = Wav2Vec2BertConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, layerdrop=0.0
     )
-    Wav2Vec2BertModel(config).save_pretrained(folder)
+    with _random_numbers_of(seed):
+        Wav2Vec2BertModel(config).save_pretrained(folder)
     SeamlessM4TFeatureExtractor().save_pretrained(folder)
     return Path(folder)
 
 
 def make_tiny_emotion2vec(folder: str | Path, seed: int = 0) -> Path:
     """emotion2vec checkpoint, as `sailer convert` writes it, with random weights."""
-    torch.manual_seed(seed)
     config = Emotion2VecConfig(
         hidden_size=48,
         num_hidden_layers=3,
@@ -120,7 +130,8 @@ def make_tiny_emotion2vec(folder: str | Path, seed: int = 0) -> Path:
         layerdrop=0.0,
         prenet_layerdrop=0.0,
     )
-    Emotion2VecModel(config).save_pretrained(folder)
+    with _random_numbers_of(seed):
+        Emotion2VecModel(config).save_pretrained(folder)
     Emotion2VecFeatureExtractor().save_pretrained(folder)
     return Path(folder)
 
@@ -145,7 +156,6 @@ def make_tiny_text(folder: str | Path, texts: Iterable[str] = DEFAULT_TEXTS, see
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=126, **SPECIAL_TOKENS).save_pretrained(folder)
 
-    torch.manual_seed(seed)
     config = RobertaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=width,
@@ -158,7 +168,8 @@ def make_tiny_text(folder: str | Path, texts: Iterable[str] = DEFAULT_TEXTS, see
         eos_token_id=2,
         type_vocab_size=1,
     )
-    RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    with _random_numbers_of(seed):
+        RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
     return Path(folder)
 
 
