@@ -46,9 +46,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from sailer.data.schema import LabelSet
+from sailer.ensemble_sailer import load_system
 from sailer.settings import DataSettings, Settings, load_recipe, resolve
 from sailer.train import fit, prepare, read_corpus
 from sailer.training.ensembling import build_ensemble
+from sailer.training.evaluation import predict
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 FOLDS, ACTORS_PER_FOLD, VALIDATING, ACTORS = 5, 4, 2, 20
@@ -92,6 +94,9 @@ class Row:
 # The teacher of a row that is distilled: the mean of so many systems that differ in their seed, trained beforehand.
 TEACHERS = "three of kl to the votes"
 TEACHER_SEEDS = (100, 200, 300)
+AVERAGED = {"averaged": TEACHERS}  # the row of the teacher itself
+DISTILLED = {"objective": "distil", "teacher": TEACHERS}
+NO_OPTIONS = ("votes", "averaged")  # of a run, which `resolve` does not know
 LAYERS = (
     Row("last layer"),
     Row("weighted sum", {"audio_layers": "weighted"}),
@@ -115,7 +120,8 @@ GROUPS: dict[str, dict[str, tuple[Row, ...]]] = {
         "objective": (
             Row("kl to the votes"),
             Row("ce to the consensus", {"objective": "ce"}),
-            Row("distilled from three of the first row", {"objective": "distil", "teacher": TEACHERS}),
+            Row("three of the first row, averaged", AVERAGED),
+            Row("distilled from those three", DISTILLED),
         ),
         "weighting": (
             Row("product (paper)"),
@@ -147,6 +153,11 @@ GROUPS: dict[str, dict[str, tuple[Row, ...]]] = {
             Row("annotation dropout", {**UNWEIGHTED, **DROPOUT}),
             Row("audio mixing", {**UNWEIGHTED, **MIXING}),
             Row("both", {**UNWEIGHTED, **BOTH}),
+        ),
+        "distillation": (
+            Row("kl to the votes"),
+            Row("three of the first row, averaged", AVERAGED),
+            Row("distilled from those three", DISTILLED),
         ),
     },
 }
@@ -241,7 +252,7 @@ def runs_of(corpus: str, row: Row, options: argparse.Namespace) -> dict[str, dic
         for fold in options.folds:
             data = {"corpus": corpus, "data_dir": str(options.ravdess), "corpus_options": fold_actors(fold)}
             recipes.append({**data, "seed": 0, **common})
-    return {hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]: recipe for recipe in recipes}
+    return {_digest(recipe): recipe for recipe in recipes}
 
 
 def fold_actors(fold: int) -> dict[str, list[int]]:
@@ -259,7 +270,7 @@ def run(recipe: Mapping[str, Any], features: Path) -> dict[str, Any]:
 
     Args:
         recipe: options as in a recipe's file; `votes`, options of `with_votes`, where votes are to be simulated.
-        features: folder that all runs keep frozen features in.
+        features: folder that all runs keep frozen features in; teachers are kept beside it.
 
     Returns:
         `metrics` on the test split, `seconds` of wall time, and when it `finished`.
@@ -267,16 +278,18 @@ def run(recipe: Mapping[str, Any], features: Path) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         paths = {"output_dir": folder, "feature_cache_dir": str(features)}
-        options = {name: value for name, value in recipe.items() if name != "votes"}
+        options = options_of(recipe)
         settings = resolve(options, paths, origin="ablation")
         label_set = settings.data.label_set()
         corpus = _corpus(settings, label_set)
         corpus = with_votes(corpus, label_set, **recipe["votes"]) if "votes" in recipe else corpus
-        if settings.objective.teacher == TEACHERS:
-            teacher = make_teacher(options, corpus, Path(folder), features)
-            settings = resolve(options | {"teacher": str(teacher)}, paths, origin="ablation")
-        job = prepare(settings, corpus)
-        metrics = fit(job).predict(job.corpus["test"]).metrics
+        teacher = make_teacher(recipe, corpus, features) if TEACHERS in recipe.values() else None
+        if "averaged" in recipe:
+            metrics = predict(*load_system(teacher), corpus["test"], label_set).metrics
+        else:
+            own = options if teacher is None else options | {"teacher": str(teacher)}
+            job = prepare(resolve(own, paths, origin="ablation"), corpus)
+            metrics = fit(job).predict(job.corpus["test"]).metrics
     return {
         "metrics": {name: metrics[f"test_{name}"] for name in METRICS},
         "seconds": round(time.perf_counter() - started, 1),
@@ -284,25 +297,39 @@ def run(recipe: Mapping[str, Any], features: Path) -> dict[str, Any]:
     }
 
 
-def make_teacher(recipe: Mapping[str, Any], corpus: DatasetDict, folder: Path, features: Path) -> Path:
+def options_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run `resolve` knows."""
+    return {name: value for name, value in recipe.items() if name not in NO_OPTIONS}
+
+
+def make_teacher(recipe: Mapping[str, Any], corpus: DatasetDict, features: Path) -> Path:
     """An ensemble of systems that learn the votes, each from other first weights and in another order.
 
+    The rows of a seed have one: what is there already is not trained again.
+
     Args:
-        recipe: that of the student.
+        recipe: that of the student, or of the row of the teacher itself.
         corpus: with its votes.
-        folder: where it goes.
         features: as in `run`.
+
+    Returns:
+        The ensemble's folder, in `teachers` beside the features.
     """
-    own = {name: value for name, value in recipe.items() if name != "teacher"} | {"objective": "kl"}
-    members = []
-    for seed in TEACHER_SEEDS:
-        members.append(folder / f"teacher_{seed}")
-        paths = {"output_dir": str(members[-1]), "feature_cache_dir": str(features), "seed": recipe["seed"] + seed}
-        job = prepare(resolve(own, paths, origin="ablation"), corpus)
-        fit(job)
-        job.system.model.save_pretrained(members[-1])
-        job.system.processor.save_pretrained(members[-1])
-    return build_ensemble(members, folder / "teacher")
+    votes = {"votes": recipe["votes"]} if "votes" in recipe else {}
+    own = {name: value for name, value in options_of(recipe).items() if name != "teacher"} | {"objective": "kl"}
+    place = features.parent / "teachers" / _digest({**own, **votes, "teacher_seeds": TEACHER_SEEDS})
+    if place.is_dir():
+        return place
+    with tempfile.TemporaryDirectory() as folder:
+        members = []
+        for seed in TEACHER_SEEDS:
+            members.append(Path(folder) / f"teacher_{seed}")
+            paths = {"output_dir": str(members[-1]), "feature_cache_dir": str(features), "seed": recipe["seed"] + seed}
+            job = prepare(resolve(own, paths, origin="ablation"), corpus)
+            fit(job)
+            job.system.model.save_pretrained(members[-1])
+            job.system.processor.save_pretrained(members[-1])
+        return build_ensemble(members, place)
 
 
 def finished(folder: Path) -> dict[str, dict[str, Any]]:
@@ -371,6 +398,10 @@ def conditions(options: argparse.Namespace) -> dict[str, str]:
         "figures": "mean ± standard deviation over seeds or folds, on the test split; to first row: mean difference "
         "by seed or fold, with its 95 % interval by Student's t; paper: macro-F1 and Min. mAP on MSP-Podcast",
     }
+
+
+def _digest(recipe: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _scores(

@@ -54,7 +54,7 @@ def test_every_row_resolves_and_equal_runs_are_one(ablation, options):
                 runs = ablation.runs_of(corpus, row, options)
                 assert len(runs) == {"synthetic": 2, "ravdess": 5, "ravdess_votes": 10}[corpus]
                 for recipe in runs.values():
-                    ablation.resolve({option: value for option, value in recipe.items() if option != "votes"})
+                    ablation.resolve(ablation.options_of(recipe))
                 keys.setdefault(f"{corpus} {part} {row.setting}", set()).update(runs)
     both = keys["synthetic augmentation (Table 3) both"]
     assert keys["synthetic auxiliary targets (Table 4) none"] == both
