@@ -72,8 +72,11 @@ def test_intervals_and_paired_differences() -> None:
     same = resampling.compare(shares, shares)
     assert same == {"difference": 0, "interval": [0, 0], "p": 1}
     better = resampling.compare(shares + 0.1, shares)  # paired: the speakers' own spread is gone
-    assert better["difference"] == pytest.approx(0.1) and better["p"] == 0
+    # Not one of 2,000 draws has the other sign: less than 2 in 2,001 cannot be said.
+    assert better["difference"] == pytest.approx(0.1) and better["p"] == pytest.approx(2 / 2001)
     assert better["interval"] == pytest.approx([0.1, 0.1])
+    some = Resampling(["a", "b"], repeats=9).compare(np.array([1.0, *[-1.0] * 3, *[2.0] * 6]), np.zeros(10))
+    assert some["p"] == pytest.approx(2 * (3 + 1) / (9 + 1))
     again = Resampling(speakers, repeats=2000)
     np.testing.assert_array_equal(again.counts, resampling.counts)
     alone = Resampling(["one", "one"], repeats=9)
