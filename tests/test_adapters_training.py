@@ -72,6 +72,7 @@ def test_a_checkpoint_holds_what_trains_and_a_run_goes_on_from_it(options: dict)
         fit(prepare(settings(options, **LORA | {"audio_lora_rank": 3}, load_best_model_at_end=False)))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_whole_system_and_its_adapters(options: dict, tmp_path: Path, capsys) -> None:
     folder = run("demo", options | LORA)
     assert "could not be tried" not in capsys.readouterr().err

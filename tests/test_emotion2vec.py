@@ -369,6 +369,7 @@ def test_files_that_are_missing_or_damaged(released: Path, tmp_path: Path) -> No
         convert(released, tmp_path / "model", audio_backbone="x")
 
 
+@pytest.mark.slow
 def test_it_is_exported_with_a_batch_and_a_length_that_vary(converted: Path) -> None:
     model = Emotion2VecForAudioClassification.from_pretrained(converted).eval()
     extractor = Emotion2VecFeatureExtractor.from_pretrained(converted)

@@ -98,6 +98,7 @@ def test_a_pipe_of_raw_samples_in_json(tiny_speech_sailer: Path, monkeypatch, ca
             assert row["label"] == same["label"] and row["score"] == pytest.approx(same["score"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pipe_that_stops_in_mid_sample_gives_what_came_and_says_so(tiny_speech_sailer: Path) -> None:
     content = np.zeros((RATE + 800, 2), "<i2").tobytes() + b"\x00\x01\x02"
     done = run(tiny_speech_sailer, "-", "--rate", str(RATE), "--channels", "2", *OPTIONS, stdin=content)
