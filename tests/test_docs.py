@@ -141,6 +141,7 @@ def test_commands_and_options_in_the_text_are_known(page: str, options: set[str]
         known |= {option[2:] for action in added._actions for option in action.option_strings}
     known |= {"output_dir", "transcriber", "options", "clips"}  # of `sailer data`, and of benchmarks/inference.py
     known |= {"recipes", "allow_missing", "allow_shared_speakers"}  # of benchmarks/emobox.py
+    known |= {"device", "tiny", "steps", "only", "profile"}  # of benchmarks/gpu.py
     known |= {"option"}  # any
     for span in code_spans(page):
         if span.startswith("sailer "):

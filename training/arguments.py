@@ -13,7 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 
 TARGETS = ("labels", "secondary_labels", "attribute_labels", "sex_labels", "age_labels")
 
-_SPLIT = "a model split over processes is not supported; leave it out, and start a process per GPU with torchrun."
+_SPLIT = "a model is split over processes by examples/accelerate/fsdp2.yaml alone; leave it out."
 _PUSH = "checkpoints hold pickles and are not pushed, the finished system is, once; leave it out."
 _LIGER = "there are no such kernels for these models; leave it out (bf16 and torch_compile save time)."
 
@@ -43,6 +43,17 @@ NOT_HONOURED = {
     "remove_unused_columns": "the collator needs every column; leave it out.",
     "use_cache": "nothing is generated; leave it out (cache_features keeps the states of a frozen encoder).",
     "use_liger_kernel": _LIGER,
+}
+
+# By the launcher; ours tells the trainer, since Accelerate and transformers would heed the launcher's.
+_LAUNCHER, SPLIT_WEIGHTS = "ACCELERATE_USE_FSDP", "SAILER_SPLIT_WEIGHTS"
+# What the launcher's configuration may say of FSDP, and what it must: variable -> value, and why.
+WANTED_OF_LAUNCHER = {
+    "FSDP_VERSION": ("2", "the first FSDP is not supported"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "weights stay on their device"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "every process loads the encoders"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "gradient_checkpointing: true of the recipe does that"),
+    "FSDP_STATE_DICT_TYPE": ("full_state_dict", "checkpoints hold whole weights"),
 }
 
 _HALF = "the system would be saved in half precision; leave it out: with bf16 or fp16 evaluation is in it too."
@@ -91,8 +102,8 @@ class SailerTrainingArguments(TrainingArguments):
         logging_nan_inf_filter: leave losses that are not finite out of the log; it makes a GPU wait at every step.
 
     Raises:
-        ValueError: an argument (or FSDP by the launcher) that is not honoured (see `NOT_HONOURED`), or arguments that
-            contradict each other.
+        ValueError: an argument (or what the launcher says of FSDP) that is not honoured (see `NOT_HONOURED`), or
+            arguments that contradict each other.
     """
 
     output_dir: str = "outputs"
@@ -128,8 +139,7 @@ class SailerTrainingArguments(TrainingArguments):
                 f"backbone_learning_rate is {self.backbone_learning_rate}: give a positive rate, or freeze the towers "
                 "(freeze_audio, freeze_text)."
             )
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-            raise ValueError(f"The launcher's configuration asks for FSDP: {_SPLIT}")
+        take_over_from_launcher()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             from sailer.training.metrics import greater_is_better
 
@@ -151,6 +161,25 @@ class SailerTrainingArguments(TrainingArguments):
             raise ValueError("fp16 is true, which does nothing on a CPU: set bf16 instead, or leave it out.")
         if not getattr(self.accelerator_config, "even_batches", True):
             raise ValueError("even_batches is false: processes that evaluate would wait for each other; leave it out.")
+
+
+def take_over_from_launcher() -> None:
+    """Have the trainer do what the launcher's configuration asks of Accelerate.
+
+    Raises:
+        ValueError: it asks for something of FSDP that is not done here; the message names the key.
+    """
+    if os.environ.get(_LAUNCHER, "false").lower() not in ("1", "true", "yes"):
+        return
+    for variable, (wanted, reason) in WANTED_OF_LAUNCHER.items():
+        given = os.environ.get(variable, "1" if variable == "FSDP_VERSION" else wanted)
+        if given.lower() != wanted:
+            raise ValueError(
+                f"The launcher's configuration has {variable.lower()}: {given}, and {reason}: set it to {wanted}, as "
+                "examples/accelerate/fsdp2.yaml does."
+            )
+    os.environ[SPLIT_WEIGHTS] = "true"
+    del os.environ[_LAUNCHER]
 
 
 def gpu_defaults(given: SailerTrainingArguments) -> dict[str, Any]:

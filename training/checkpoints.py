@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -183,9 +184,10 @@ def damage_of(folder: Path) -> str | None:
 
 
 def trained_part(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state without the parameters that are frozen; buffers are in it."""
+    """The model's state without the parameters that are frozen; buffers are in it. Of a model that is split it is put
+    together, by all processes."""
     frozen = frozen_names(model)
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    return {name: as_whole(value) for name, value in model.state_dict().items() if name not in frozen}
 
 
 def frozen_names(model: torch.nn.Module) -> set[str]:
@@ -203,9 +205,9 @@ def digest_of_frozen(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_trained(model: torch.nn.Module, folder: Path) -> None:
-    """Write the part of the model that is trained."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in trained_part(model).items()}
+def save_trained(trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the part of a model that is trained (`trained_part`)."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
     save_file(tensors, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
 
 
@@ -218,19 +220,75 @@ def load_trained(model: torch.nn.Module, folder: Path) -> None:
     path = folder / TRAINED_WEIGHTS
     try:
         tensors = load_file(path)
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        if is_split(model):
+            missing, unexpected = load_whole(model, tensors)
+        else:
+            missing, unexpected = map(set, model.load_state_dict(tensors, strict=False))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} does not fit this system: {error}. Name one of its own checkpoints.") from error
-    lacking = set(missing) - frozen_names(model)
+    lacking = missing - frozen_names(model)
     if lacking or unexpected:
         names = sorted(lacking or unexpected)
         told = "lacks" if lacking else "has, and this system has not,"
         raise CheckpointError(f"{path} is of another system: it {told} {names[:3]}. Name one of its own checkpoints.")
 
 
+def is_split(model: Any) -> bool:
+    """Whether a model's weights are split over the processes."""
+    return isinstance(model, torch.nn.Module) and any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
+
+
+def as_whole(value: Any) -> Any:
+    """What is split, put together in every process, which call this together; anything else as it is. Of a
+    dictionary or list, what is in it."""
+    if isinstance(value, dict):
+        return {name: as_whole(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [as_whole(part) for part in value]
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def load_whole(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> tuple[set[str], set[str]]:
+    """Put whole weights and buffers into a model that is split; all processes together.
+
+    Returns:
+        Names of the model's that are not among `tensors`, and of those that the model has not.
+
+    Raises:
+        RuntimeError: one has another shape.
+    """
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if name in own:
+                _put(value, own[name], name)
+    return set(own) - set(tensors), set(tensors) - set(own)
+
+
+def split_like(value: torch.Tensor, example: DTensor) -> DTensor:
+    """A whole tensor, which every process has, split as one of its shape is."""
+    return distribute_tensor(
+        value.to(example.device),
+        example.device_mesh,
+        example.placements,
+        src_data_rank=None,  # nothing is sent
+    )
+
+
 def _newest_first(output_dir: Path) -> list[Path]:
     found = [path for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def _put(value: torch.Tensor, place: torch.Tensor, name: str) -> None:
+    if value.shape != place.shape:
+        raise RuntimeError(f"{name} is {tuple(value.shape)} and should be {tuple(place.shape)}")
+    if isinstance(place, DTensor):
+        place.to_local().copy_(split_like(value, place).to_local())
+    else:
+        place.copy_(value)
 
 
 def _check_of_this_run(folder: Path, identity: Mapping[str, Any], frozen: str) -> None:

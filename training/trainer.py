@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +24,7 @@ from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.losses import TEACHER, SailerObjective
 from sailer.training.mixup import Mixture, mix_states, mix_targets
 from sailer.training.publishing import PublishingTrainer
+from sailer.training.sharding import ShardedTrainer, is_asked_for, split_weights
 from sailer.training.throughput import Throughput
 
 # In a batch for scoring but not for the model: the consensus label that the corpus publishes.
@@ -39,7 +41,7 @@ class SplitPrediction(NamedTuple):
     metrics: dict[str, float]
 
 
-class SailerTrainer(PublishingTrainer):
+class SailerTrainer(ShardedTrainer, PublishingTrainer):
     """
     Trainer whose loss is a `SailerObjective` and whose evaluation is `sailer.training.metrics.emotion_report`.
 
@@ -275,8 +277,10 @@ class SailerTrainer(PublishingTrainer):
             )
             point = None if folder is None else str(folder)
         self._throughput = Throughput(self.args.device)
+        split = split_weights(self) if is_asked_for() and self.args.world_size > 1 else nullcontext()
         try:
-            output = super().train(point, *args, **kwargs)
+            with split:
+                output = super().train(point, *args, **kwargs)
         finally:
             self._termination.restore()
         told = self._throughput.told(self.accelerator)
@@ -334,13 +338,16 @@ class SailerTrainer(PublishingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
+        is_checkpoint = self._staging is not None and isinstance(self.model, PreTrainedModel)
+        trained = None
+        if is_checkpoint and (checkpoints.is_split(self.model) or checkpoints.frozen_names(self.model)):
+            trained = checkpoints.trained_part(self.model)
         if not self.args.should_save:  # another process writes, whose buffers count
             return
-        is_checkpoint = self._staging is not None and isinstance(self.model, PreTrainedModel)
-        if is_checkpoint and checkpoints.frozen_names(self.model):
+        if trained is not None:
             folder.mkdir(parents=True, exist_ok=True)
             cast(PreTrainedModel, self.model).config.save_pretrained(folder)
-            checkpoints.save_trained(self.model, folder)
+            checkpoints.save_trained(trained, folder)
             torch.save(self.args, folder / "training_args.bin")
         else:
             super()._save(output_dir, state_dict)
