@@ -11,7 +11,9 @@ all folds and recipes alike. Finished runs are kept in OUTPUT_DIR/runs: a second
 The row "baseline of seconds" is scikit-learn's: the means over time of every layer of the best recipe's encoder,
 standardised, 300 principal components, linear discriminant analysis with shrinkage.
 
-The second table adapts each system to the speakers of the fold that tests it: every clip by n others of its speaker,
+The second table has each fold's UA, WA and macro-F1. Of several seeds a row more is their mean, fold by fold.
+
+The third table adapts each system to the speakers of the fold that tests it: every clip by n others of its speaker,
 drawn --draws times, in turn of all emotions or of one alone, as `SpeechEmotionPipeline.adapt` does it.
 """
 
@@ -96,8 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 fold: run(recipe_of(recipe, seed, options), rows, sides, options, f"{name}, fold {fold}")
                 for fold, sides in tqdm(folds.items(), desc=name, unit="fold")
             }
+        if len(options.seeds) > 1:
+            runs = [results[f"{Path(recipe).stem}, seed {seed}"] for seed in options.seeds]
+            results[f"{Path(recipe).stem}, mean of {len(runs)} seeds"] = mean_of(runs)
     text = table(results, options.corpus == "ravdess" and options.folds is None)
-    text += "\n\n" + adaptation_table(results)
+    text += "\n\n" + fold_table(results) + "\n\n" + adaptation_table(results)
     print(text)
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -275,6 +280,14 @@ def clip_means(features: FeatureStore, rows: Dataset) -> np.ndarray:
     return torch.stack(means).numpy()
 
 
+def mean_of(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """The mean of several runs' figures, fold by fold; those that every run has."""
+    return {
+        fold: {key: statistics.fmean(run[fold][key] for run in runs) for key in runs[0][fold] if key in runs[-1][fold]}
+        for fold in runs[0]
+    }
+
+
 def table(results: Mapping[str, Mapping[str, Mapping[str, float]]], with_published: bool) -> str:
     """Figures in per cent: means over the folds, their standard deviation, and the macro-F1 of each."""
     text = ["| system | folds | UA | WA | macro-F1 | macro-F1 by fold | seconds |", "|---|--:|--:|--:|--:|---|--:|"]
@@ -288,6 +301,17 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, float]]], with_publish
         text.append(f"| {' | '.join([name, str(len(folds)), *means, by_fold, f'{seconds:.0f}'])} |")
     for name, (accuracy, f1) in PUBLISHED.items() if with_published else ():
         text.append(f"| {name} | 6 |  | {accuracy} | {'' if f1 is None else f1} |  |  |")
+    return "\n".join(text)
+
+
+def fold_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """UA, WA and macro-F1 in per cent by fold."""
+    names = list(dict.fromkeys(fold for folds in results.values() for fold in folds))
+    text = [f"| {', '.join(METRICS.values())} | {' | '.join(f'fold {name}' for name in names)} |"]
+    text += ["|---|" + "--:|" * len(names)]
+    for name, folds in results.items():
+        cells = [", ".join(f"{100 * folds[fold][key]:.1f}" for key in METRICS) for fold in names]
+        text.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 

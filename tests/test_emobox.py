@@ -96,7 +96,9 @@ def test_every_fold_shares_one_encoding_and_a_finished_run_is_read(emobox, argum
         raise AssertionError("a clip is encoded that was encoded before")
 
     monkeypatch.setattr(features, "pool_states", refuse)
-    emobox.main([*arguments, "--seeds", "1", "--no-baseline"])
+    emobox.main([*arguments, "--seeds", "1", "0", "--no-baseline"])
+    printed = capsys.readouterr().out
+    assert all(f"| tiny, {runs} | " in printed for runs in ("seed 1", "seed 0", "mean of 2 seeds"))
     assert sorted((tmp_path / "out" / "features").rglob("*")) == kept
     monkeypatch.setattr(emobox, "fit", None)
     capsys.readouterr()
@@ -135,6 +137,17 @@ def test_the_table_has_means_spreads_and_each_folds_figure(emobox):
     }
     row = emobox.table({"mine": folds}, with_published=False).splitlines()[-1]
     assert row == "| mine | 2 | 60.0 | 70.0 | 50.0 ± 14.1 | 40.0, 60.0 | 3 |"
+    head, _, row = emobox.fold_table({"mine": folds}).splitlines()
+    assert head == "| UA, WA, macro-F1 | fold 1 | fold 2 |"
+    assert row == "| mine | 50.0, 60.0, 40.0 | 70.0, 80.0, 60.0 |"
+
+
+def test_seeds_are_averaged_fold_by_fold(emobox):
+    runs = [
+        {"1": {"uar": 0.5, "seconds": 1.0}, "2": {"uar": 0.6}},
+        {"1": {"uar": 0.7, "seconds": 4.0}, "2": {"uar": 1}},
+    ]
+    assert emobox.mean_of(runs) == {"1": {"uar": pytest.approx(0.6), "seconds": 2.5}, "2": {"uar": pytest.approx(0.8)}}
 
 
 def test_those_who_adapt_are_others_of_the_speaker_of_all_emotions_or_of_one(emobox):
