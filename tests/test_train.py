@@ -172,6 +172,7 @@ def small_settings(tmp_path: Path, **options):
     return resolve(load_recipe("demo"), OPTIONS | {"output_dir": str(tmp_path)} | options)
 
 
+@pytest.mark.slow
 def test_cached_features_train_to_the_same_system(tmp_path: Path) -> None:
     """Frozen towers: with and without kept features, the same weights come out."""
     states = []

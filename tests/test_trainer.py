@@ -228,6 +228,7 @@ def test_resuming_within_an_epoch_goes_on_where_it_stopped(tmp_path, tiny_sailer
     assert [name for name, value in weights.items() if not torch.equal(value, resumed[name])] == []
 
 
+@pytest.mark.slow
 def test_training_in_batches_of_like_length(tmp_path, tiny_sailer, rows) -> None:
     """In every epoch, also one that is gone on with, and the same whether batches are accumulated."""
 

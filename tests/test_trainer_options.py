@@ -33,7 +33,7 @@ INDUCTOR = pytest.mark.xfail(reason="Inductor: cannot determine truth value of R
     "options",
     [
         {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
         pytest.param({"torch_compile": True}, marks=[pytest.mark.slow, INDUCTOR]),
     ],
     ids=str,
