@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sailer.inference.loading import load
-from sailer.inference.page_parts import folder_tab, live_tab, recording_tab
+from sailer.inference.page_parts import folder_tab, live_tab, recording_tab, speaker_tab
 from sailer.inference.page_parts.examples import make_examples
 from sailer.inference.page_parts.judging import Limits, PageError, System
 
@@ -144,6 +144,8 @@ def build(settings: PageSettings, systems: Sequence[System], uploads: Path, exam
                 live_tab.add(gradio, systems[0], settings)
             with gradio.Tab("A folder"):
                 folder_tab.add(gradio, systems[0], settings, uploads)
+            with gradio.Tab("A speaker"):
+                speaker_tab.add(gradio, systems[0], settings, uploads)
         gradio.Markdown(NOTE.format(keep=f"{settings.keep_minutes:g}"), elem_id="sailer-note")
     return blocks.queue(default_concurrency_limit=1, max_size=settings.max_waiting, api_open=False)
 

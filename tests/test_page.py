@@ -14,7 +14,15 @@ import sailer
 from sailer.cli import main
 from sailer.inference.page import PageSettings, sweep
 from sailer.inference.page_parts import panels
-from sailer.inference.page_parts.judging import Limits, PageError, System, difference, judge, windows_over
+from sailer.inference.page_parts.judging import (
+    Limits,
+    PageError,
+    System,
+    difference,
+    hear_file,
+    judge,
+    windows_over,
+)
 from sailer.inference.page_parts.recording_tab import checked_upload, playable, written
 
 from .page_server import running_page
@@ -61,14 +69,40 @@ def test_what_is_shown_is_escaped_and_has_only_the_systems_heads(clip: Path, sys
     assert 'data-panel="timeline"' in shown and 'data-panel="plane"' not in shown
 
 
-def test_a_wide_set_is_called_unsure(clip: Path, system: System) -> None:
-    judged = judge(clip, [system], Limits())
-    whole = judged.opinions[0].whole["balanced"]
-    whole["set"] = ["Happy", "Sad"]
-    assert "Happy</li>" in panels.results(judged, "balanced") and "unsure" not in panels.results(judged, "balanced")
-    whole["set"] = ["Happy", "Sad", "Fear"]
-    shown = panels.results(judged, "balanced")
-    assert '<span class="sailer-unsure">unsure</span>' in shown and "Unsure: 3 emotions are possible" in shown
+def test_a_wide_set_of_a_calibrated_system_is_called_unsure(clip: Path, tiny_speech_sailer: Path) -> None:
+    system = System("it", sailer.load(tiny_speech_sailer))
+    plain = judge(clip, [system], Limits())
+    assert 'data-panel="set"' not in panels.results(plain, "balanced")
+    scores = {row["label"]: row["score"] for row in plain.opinions[0].whole["balanced"]["primary"]}
+    scored = sorted((scores[label] for label in system.classifier.model.config.scored_labels), reverse=True)
+    total = sum(scored)
+    # Thresholds between the second and third, and the third and fourth emotion.
+    two, three = (1 - (scored[place] + scored[place + 1]) / 2 / total for place in (1, 2))
+    shown = {}
+    for name, number, threshold in (("two", 2, two), ("three", 3, three)):
+        kept = {"clips": 100, "scores": {"balanced": [threshold] * 100}}
+        system.classifier.model.config.conformal = kept | {"class_clips": {}, "class_scores": {"balanced": {}}}
+        shown[name] = panels.results(judge(clip, [system], Limits()), "balanced")
+        names = sorted(system.classifier.model.config.scored_labels, key=scores.__getitem__, reverse=True)
+        listed = shown[name].partition('data-panel="set"')[2]
+        assert [label for label in names if f"</span>{label}</li>" in listed] == names[:number]
+    assert "unsure" not in shown["two"].lower()
+    assert '<span class="sailer-unsure">unsure</span>' in shown["three"]
+    assert "Unsure: 3 emotions are possible" in shown["three"]
+
+
+def test_a_system_that_was_never_trained_on_speech_alone_says_so(tiny_sailer: Path, clip: Path) -> None:
+    system = System("it", sailer.load(tiny_sailer))
+    alone, told = judge(clip, [system], Limits()), judge(clip, [system], Limits(), "leave me alone")
+    assert alone.warning.startswith("it was only trained with transcripts") and "type what is said" in alone.warning
+    assert "type what is said" in panels.results(alone, "balanced") and told.warning is None
+    assert "It was never trained on speech alone" in panels.results(told, "balanced")
+    assert alone.rows("balanced")[0]["warning"] == alone.warning
+    assert "--transcriber MODEL" in hear_file(clip, system, Limits(), "balanced")[2]
+    system.classifier.model.config.text_dropout = 0.2
+    assert judge(clip, [system], Limits()).warning is None and hear_file(clip, system, Limits(), "balanced")[2] is None
+    shown = panels.results(judge(clip, [system], Limits(), "leave me alone"), "balanced")
+    assert "Without the transcript the decision" in shown and "never trained" not in shown
 
 
 def test_the_distance_of_two_systems_by_hand(clip: Path, system: System) -> None:

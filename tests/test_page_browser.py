@@ -60,9 +60,10 @@ def browser(microphone: Path) -> Iterator["playwright.Browser"]:
 
 @pytest.fixture(scope="module")
 def system(tiny_sailer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every head, speech and text, and as if trained without its transcripts at times."""
+    """Every head, speech and text, as if trained without its transcripts at times, and on speakers that it knew."""
     import torch
 
+    import sailer
     from sailer import SailerForAudioClassification
 
     folder = tmp_path_factory.mktemp("systems") / "system"
@@ -72,8 +73,14 @@ def system(tiny_sailer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.heads["primary"][-1].parameters():
             parameter /= 8  # without the texts that it was made for it would be sure of one emotion
     model.config.text_dropout = 0.2
+    rows = {"balanced": [1.0] * 20, "natural": [0.0] * 20}  # all emotions are possible, or none is likely enough
+    none = {"class_clips": {}, "class_scores": {"balanced": {}, "natural": {}}}
+    model.config.conformal = {"clips": 20, "scores": rows} | none
     model.config.label_weights = [1.0 + place / 2 for place in range(len(LABELS))]
     model.save_pretrained(folder)
+    classifier = sailer.load(folder)
+    classifier.learn_mean_voice([noise(0.5 + 0.1 * seed, seed) for seed in range(8)], ["a", "b", "c", "d"] * 2)
+    classifier.save_pretrained(folder)
     return folder
 
 
@@ -166,7 +173,7 @@ def test_an_upload_is_shown_in_every_panel_of_the_systems_heads(visit, address, 
     page = visit(address)
     upload(page, recordings / "six seconds.wav")
     panels = page.locator("[data-panel]").evaluate_all("all => all.map(one => one.dataset.panel)")
-    assert panels == ["timeline", "distribution", "plane", "secondary", "speaker"]
+    assert panels == ["timeline", "distribution", "set", "plane", "secondary", "speaker"]
     scores = bars(page)
     assert sorted(scores) == sorted(LABELS) and sum(scores.values()) == pytest.approx(1, abs=0.05)
     fills = page.locator(".sailer-area").evaluate_all(
@@ -190,6 +197,9 @@ def test_both_priors_and_the_downloads_are_what_predict_gives(visit, address, re
         shown[prior] = bars(page)
         folder = tmp_path / prior
         folder.mkdir()
+        assert page.locator(".sailer-unsure").count() == (prior == "balanced")
+        told = page.locator("[data-panel=set]").inner_text()
+        assert ("Unsure: 8 emotions are possible" if prior == "balanced" else "No emotion is likely enough") in told
         (row,) = predicted(folder, system, file, "--prior", prior)
         assert shown[prior] == {label: round(float(row[label]), 2) for label in shown[prior]}
         ours = list(csv.DictReader(download(page, "CSV", folder / "ours").open(encoding="utf-8")))
@@ -304,6 +314,56 @@ def test_a_folder_becomes_the_table_of_predict(visit, address, recordings, syste
     usable = [row for row in ours if not row["error"]]
     assert [row["file"] for row in ours if row["error"]] == ["broken.wav"]
     assert_same_rows(usable, [row for row in theirs if not row["error"]])
+
+
+def test_a_speaker_is_adapted_to_and_the_clip_stands_before_and_after(visit, address, recordings, system) -> None:
+    visit.expected = ("Waveform load error: MediaError",)
+    page = visit(address)
+    page.get_by_role("tab", name="A speaker").click()
+    start, shown = page.get_by_role("button", name="Before and after"), page.locator("#sailer-speaker-results")
+    start.click()
+    shown.get_by_role("alert").filter(has_text="upload or record recordings of the speaker").wait_for()
+
+    def choose(*names: str) -> None:
+        with page.expect_file_chooser() as chosen:
+            page.get_by_role("button", name="Choose recordings").click()
+        chosen.value.set_files([recordings / name for name in names])
+        page.get_by_text(f"{len(names)} chosen: {', '.join(names)}").wait_for()
+
+    choose("broken.wav")
+    page.locator("#sailer-speaker-clip input[type=file]").set_input_files(recordings / "short.wav")
+    page.locator("#sailer-speaker-clip audio, #sailer-speaker-clip [data-testid*=waveform]").first.wait_for()
+    start.click()
+    shown.get_by_role("alert").filter(has_text="None of the recordings of the speaker can be used").wait_for()
+    choose("broken.wav", "six seconds.wav")
+    start.click()
+    shown.locator(".sailer-results").wait_for()
+    assert "Adapted to 1 recording of the speaker; 1 could not be used" in shown.inner_text()
+    assert "broken.wav" in shown.get_by_role("region", name="Recordings of the speaker").inner_text()
+    import sailer
+
+    classifier = sailer.load(system)
+    classifier.adapt([str(recordings / "six seconds.wav")], name="her")
+    sides = [page.get_by_role("region", name=name) for name in ("Before", "After")]
+    for side, options in zip(sides, ({}, {"speaker": "her"}), strict=True):
+        rows = classifier(str(recordings / "short.wav"), return_all=True, **options)["primary"]
+        scores = {
+            entry.locator(".sailer-name").inner_text(): entry.locator(".sailer-value").inner_text()
+            for entry in side.locator("[data-panel=primary] li").all()
+        }
+        assert scores == {row["label"]: f"{row['score']:.2f}" for row in rows}
+    boxes = [side.bounding_box() for side in sides]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
+    assert violations(page) == []
+    # One more by the microphone is one of the speaker's.
+    microphone = page.locator("#sailer-speaker-microphone")
+    microphone.get_by_role("button", name="Record", exact=True).click()
+    microphone.get_by_role("button", name="Stop").wait_for()
+    page.wait_for_timeout(1500)
+    microphone.get_by_role("button", name="Stop").click()
+    page.get_by_text("3 chosen: broken.wav, six seconds.wav").wait_for()
+    start.click()
+    shown.get_by_text("Adapted to 2 recordings of the speaker").wait_for()
 
 
 def test_an_hour_is_heard_and_more_than_the_limit_is_refused(visit, address, tmp_path) -> None:

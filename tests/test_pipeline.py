@@ -17,11 +17,7 @@ import pytest
 import soundfile
 import torch
 from transformers import (
-    Wav2Vec2Config,
-    Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
-    Wav2Vec2ForCTC,
-    Wav2Vec2Processor,
 )
 from transformers import pipeline as auto_pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -62,30 +58,6 @@ def wav(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clips") / "clip.wav"
     soundfile.write(path, noise(1.3), RATE, subtype="FLOAT")
     return path
-
-
-@pytest.fixture(scope="module")
-def recognizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny speech recogniser with random weights, whose transcripts are not empty."""
-    folder = tmp_path_factory.mktemp("recognizer")
-    (folder / "vocab.json").write_text('{"<pad>": 0, "|": 1, "<unk>": 2, "a": 3, "b": 4}')
-    torch.manual_seed(0)
-    config = Wav2Vec2Config(
-        vocab_size=5,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        conv_dim=[8] * 7,
-        num_conv_pos_embeddings=8,
-        num_conv_pos_embedding_groups=2,
-    )
-    model = Wav2Vec2ForCTC(config)
-    model.lm_head.bias.data = torch.tensor([0.0, 0.0, 0.0, 9.0, 0.0])
-    model.save_pretrained(folder)
-    tokenizer = Wav2Vec2CTCTokenizer(folder / "vocab.json", pad_token="<pad>", unk_token="<unk>")
-    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer).save_pretrained(folder)
-    return folder
 
 
 # ---- inputs

@@ -24,6 +24,9 @@ FOLDER_QUEUE = "folder"  # beside the single recordings, which need not wait for
 def add(gradio: Any, system: System, settings: Any, uploads: Path) -> None:
     """Lay out the tab and say what its events do; see `recording_tab.add`."""
     gradio.Markdown(f"Choose a folder: its recordings (up to {settings.max_files}) are judged one after the other.")
+    untold = system.untold(settings.transcriber)
+    if untold:
+        gradio.HTML(panels.note(untold), elem_classes="sailer-untold")
     files = gradio.UploadButton("Choose a folder", file_count="directory", type="filepath", elem_id="sailer-folder")
     chosen = gradio.HTML(panels.note("No folder yet."), elem_id="sailer-folder-chosen")
     prior = gradio.Radio(list(PRIORS), value=PRIORS[0], label="Scores", elem_id="sailer-folder-prior")

@@ -18,9 +18,7 @@ from sailer.windows_sailer import at_least
 
 PEAKS = 600  # of the waveform's picture
 MOST_WINDOWS = 240  # over time: of longer recordings the windows are further apart, and then longer
-
-
-UNTOLD = "{} was trained on speech and what is said, and hears speech alone here: type what is said."
+UNTOLD = "{} was only trained with transcripts, and hears speech alone here, which it may judge badly: {}."
 
 
 class PageError(ValueError):
@@ -67,6 +65,10 @@ class System:
         """Whether it was never trained on speech alone."""
         return self.reads_text and self.classifier.model.config.text_dropout <= 0
 
+    def untold(self, transcriber: Any = None, way_out: str = "--transcriber MODEL gives it what is said") -> str:
+        """What is to be said where it hears recordings without a transcript; "" where it was trained for that."""
+        return UNTOLD.format(self.name, way_out) if self.needs_text and transcriber is None else ""
+
     def options(self, transcriber: Any = None) -> dict[str, Any]:
         """The pipeline's options for recordings that come without a transcript."""
         if not self.reads_text:
@@ -90,6 +92,7 @@ class Opinion:
         windows: prior -> the same of each window over time.
         timestamps: (start, end) of each window, in seconds.
         without_text: prior -> the whole judged on speech alone; None where no transcript was read.
+        needs_text: whether the system was never trained on speech alone.
     """
 
     system: str
@@ -97,6 +100,7 @@ class Opinion:
     windows: dict[str, list[dict[str, Any]]]
     timestamps: list[tuple[float, float]]
     without_text: dict[str, dict[str, Any]] | None = None
+    needs_text: bool = False
 
 
 @dataclass
@@ -207,10 +211,9 @@ def judge(
     name = path.name if name is None else name
     transcript = (transcript or "").strip() or None
     rate = systems[0].classifier.processor.sampling_rate
-    recording, seconds = _read(path, rate, limits, name)
-    untold = transcript is None and transcriber is None
-    missing = [UNTOLD.format(system.name) for system in systems if system.needs_text and untold]
-    warning = " ".join(filter(None, [recording.warning, *missing])) or None
+    recording, seconds = read_limited(path, rate, limits, name)
+    untold = [] if transcript else [system.untold(transcriber, "type what is said") for system in systems]
+    warning = _joined(recording.warning, *untold)
     judged = Judged(name, seconds, _peaks(recording.waveform), [], warning)
     for system in systems:
         if system.classifier.processor.sampling_rate != rate:
@@ -233,11 +236,11 @@ def hear_file(
     Raises:
         PageError, ValueError, OSError: see `judge`.
     """
-    recording, seconds = _read(path, system.classifier.processor.sampling_rate, limits, path.name)
+    recording, seconds = read_limited(path, system.classifier.processor.sampling_rate, limits)
     audio = {"array": recording.waveform, "sampling_rate": system.classifier.processor.sampling_rate}
     options |= {"return_all": True, "return_embedding": False, "prior": prior}
     result = system.classifier(audio, **system.options(transcriber), **options)
-    return result, seconds, recording.warning
+    return result, seconds, _joined(recording.warning, system.untold(transcriber))
 
 
 def difference(one: Opinion, other: Opinion, prior: str) -> tuple[float, list[tuple[str, float, float]]]:
@@ -273,7 +276,14 @@ def windows_over(seconds: float, limits: Limits, longest: float) -> tuple[float,
     return window, min(hop, window)
 
 
-def _read(path: Path, rate: int, limits: Limits, name: str) -> tuple[Recording, float]:
+def read_limited(path: Path, rate: int, limits: Limits, name: str | None = None) -> tuple[Recording, float]:
+    """A recording at `rate` Hz and its length in seconds; `name` is what messages call it, by default the file's.
+
+    Raises:
+        PageError: it is too long.
+        ValueError, OSError: not audio.
+    """
+    name = path.name if name is None else name
     recording = read_audio(path, rate, limits.max_seconds + 1, name=name)
     seconds = len(recording.waveform) / rate
     if seconds > limits.max_seconds:
@@ -296,7 +306,7 @@ def _heard(waveform: np.ndarray, system: System, limits: Limits, transcript: str
     window, hop = windows_over(seconds, limits, classifier.model.config.max_seconds)
     windows = {"chunk_length_s": window, "stride_length_s": (0, window - hop)}
     over_time = _encoded(classifier, source, **system.options(), **windows)
-    opinion = Opinion(system.name, _whole(classifier, whole), {}, over_time.timestamps)
+    opinion = Opinion(system.name, _whole(classifier, whole), {}, over_time.timestamps, needs_text=system.needs_text)
     for prior in PRIORS:
         opinion.windows[prior] = classifier.postprocess(
             over_time, return_all=True, return_timestamps=True, prior=prior, return_embedding=False
@@ -307,6 +317,10 @@ def _heard(waveform: np.ndarray, system: System, limits: Limits, transcript: str
     if heard:
         opinion.without_text = _whole(classifier, _encoded(classifier, audio, **system.options()))
     return opinion
+
+
+def _joined(*warnings: str | None) -> str | None:
+    return " ".join(filter(None, warnings)) or None
 
 
 def _encoded(classifier: SpeechEmotionPipeline, source: Any, **options: Any) -> Any:

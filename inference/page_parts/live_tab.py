@@ -56,6 +56,9 @@ class Listening:
 def add(gradio: Any, system: System, settings: Any) -> None:
     """Lay out the tab and say what its events do; see `recording_tab.add`."""
     kept = gradio.State(None, time_to_live=LONGEST_S)
+    untold = system.untold(settings.transcriber)
+    if untold:
+        gradio.HTML(panels.note(untold), elem_classes="sailer-untold")
     microphone = gradio.Audio(
         sources=["microphone"], type="numpy", streaming=True, label="Microphone", elem_id="sailer-live", buttons=[]
     )

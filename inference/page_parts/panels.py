@@ -133,6 +133,48 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float], names: t
     return table(rows, ["label", first, second, "change"], caption)
 
 
+def adapted(
+    before: Mapping[str, Any], after: Mapping[str, Any], prior: str, recordings: Sequence[Mapping[str, Any]]
+) -> str:
+    """A clip as it was judged before and after the system adapted to its speaker, beside each other.
+
+    Args:
+        before, after: the pipeline's `return_all`.
+        prior: of the scores.
+        recordings: a row per recording of the speaker: file, seconds, and why it was left out ("" if it was not).
+    """
+    heads = [head for head in ("primary", "attributes") if head in before]
+    sides = ""
+    for title, whole in (("Before", before), ("After", after)):
+        parts = decision(whole)
+        for head in heads:
+            # In the same order on both sides: that of the scores before.
+            scores = {name: by_label(whole[head])[name] for name in by_label(before[head])}
+            heading = PRIOR_TITLES[prior][0] if head == "primary" else "Arousal, valence and dominance"
+            parts += _panel(head, heading, bars(scores, ATTRIBUTE_COLOURS if head == "attributes" else None))
+        sides += (
+            f'<section class="sailer-system" aria-label="{title}"><p class="sailer-system-name">{title}</p>'
+            f"{parts}</section>"
+        )
+    left_out = sum(bool(row["left out"]) for row in recordings)
+    count = len(recordings) - left_out
+    used = f"Adapted to {count} recording{'s' if count != 1 else ''} of the speaker"
+    told = f"{used}; {left_out} could not be used, see below." if left_out else f"{used}."
+    changes = "".join(
+        comparison(by_label(before[head]), by_label(after[head]), ("before", "after"), caption)
+        for head, caption in (("primary", "What the voice changes"), ("attributes", "And of the attributes"))
+        if head in heads
+    )
+    if "label" in before:
+        same = before["label"] == after["label"]
+        changes = f"<p>The decision {'stays' if same else 'becomes'} {escape(after['label'])}.</p>{changes}"
+    listed = table(recordings, ["file", "seconds", "left out"], "Recordings of the speaker")
+    return (
+        f'<div class="sailer-results">{note(told)}<div class="sailer-systems">{sides}</div>'
+        f"{_panel('changes', 'What changes', changes)}{_panel('recordings', 'The recordings', listed)}</div>"
+    )
+
+
 def _opinion(judged: Judged, opinion: Opinion, prior: str) -> str:
     whole = opinion.whole[prior]
     parts = [decision(whole)]
@@ -193,6 +235,8 @@ def _transcript(opinion: Opinion, prior: str) -> str:
     if "label" in whole:
         same = without["label"] == whole["label"]
         told = f"Without the transcript the decision {'stays' if same else 'would be'} {without['label']}."
+        if opinion.needs_text:
+            told += " It was never trained on speech alone, so that this tells little of the voice."
         said += f"<p>{escape(told)}</p>"
     names = ("speech alone", "with transcript")
     head = "primary" if "primary" in whole else "attributes"
