@@ -49,6 +49,7 @@ SCRIPTS = {
     "benchmarks/emobox.py": {"recipes": "ravdess_whisper_base", "audio_backbone": "tiny-whisper"},
     "benchmarks/linear.py": {"rounds": "1"},
     "benchmarks/loader.py": {"clips": "64"},
+    "benchmarks/page.py": {"visitors": "2", "requests": "4", "keep_minutes": "0.05"},
     "benchmarks/streaming.py": {"seconds": "1"},
     "examples/fine_tune_with_trainer.py": {"epochs": "1"},
 }

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import sailer
 from sailer.cli import main
 from sailer.inference.space import pack_installed
 
 from .sounds import RATE, noise
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.slow
 
@@ -49,30 +52,76 @@ def test_a_space_has_what_the_hub_wants(space: Path) -> None:
     assert {"sailer/inference/page.py", "sailer/inference/page_parts/page.js"} <= {*names}
 
 
+@pytest.fixture(scope="module")
+def fresh(space: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment with the Space's requirements, under our constraints, and nothing else."""
+    folder = tmp_path_factory.mktemp("fresh")
+    made = subprocess.run([sys.executable, "-m", "venv", folder / "venv"], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"this Python makes no virtual environments: {(made.stderr or made.stdout).strip()[-200:]}")
+    python = folder / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    constrained = ["--constraint", ROOT / "constraints.txt"]
+    # Only whether there is an index: whatever fails after that is the Space's fault.
+    probe = subprocess.run(
+        [*pip, "download", "--no-deps", "--retries", "0", "--dest", folder / "probe", *constrained, "packaging"],
+        **{"env": environment(folder), "capture_output": True, "text": True},
+    )
+    if probe.returncode:
+        pytest.skip(f"pip reaches no index here: {probe.stderr.strip()[-200:]}")
+    command = [*pip, "install", "--quiet", "--no-compile", *constrained, "--requirement", space / "requirements.txt"]
+    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return python
+
+
+def environment(temporary: Path) -> dict[str, str]:
+    """That of a process which runs a Space: nothing of this one's packages."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return kept | {"GRADIO_SERVER_PORT": "0", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+
+
+def judged_by(command: list[str | Path], space: Path, temporary: Path) -> str:
+    """What a Space's page, started by the command, says of its example; Ctrl+C ends it."""
+    from gradio_client import Client, handle_file
+
+    with (temporary / "log").open("w") as log:
+        options = {"env": environment(temporary), "stdout": subprocess.PIPE, "stderr": log, "text": True}
+        process = subprocess.Popen(command, cwd=space, **options)
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("The page is at http://127.0.0.1:"), (temporary / "log").read_text()[-2000:]
+            client = Client(line.split()[-1], verbose=False)
+            result = client.predict(handle_file(space / "examples" / "one.wav"), "balanced", api_name="/analyse")
+            return next(str(part) for part in result if "sailer-results" in str(part))
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+            process.stdout.close()
+
+
+def expected_of(space: Path) -> str:
+    classifier = sailer.load(space / "model")
+    return f"<strong>{classifier(str(space / 'examples' / 'one.wav'), return_all=True)['label']}</strong>"
+
+
+def test_it_runs_in_a_fresh_environment(space: Path, fresh: Path, tmp_path: Path) -> None:
+    """`pip install -r requirements.txt && python app.py`, as its README says: Gradio 6.31 wants pillow below 13."""
+    checked = subprocess.run([fresh, "-m", "pip", "check"], env=environment(tmp_path), capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    absent = "import sys, importlib.util; sys.exit(importlib.util.find_spec('sailer') is not None)"
+    assert subprocess.run([fresh, "-c", absent], cwd=space, env=environment(tmp_path)).returncode == 0
+    assert expected_of(space) in judged_by([fresh, "app.py"], space, tmp_path)
+
+
 def test_it_runs_with_the_wheel_that_it_brings(space: Path, tmp_path: Path) -> None:
-    """In an environment that has the requirements and no sailer: site packages without the editable install."""
+    """Where there is no index too: with the packages at hand, but without the editable install."""
     packages = next(path for path in map(Path, sys.path) if (path / "gradio").is_dir())
     script = (
         f"import sys, runpy; sys.path.append({str(packages)!r}); sys.argv = ['app.py'];"
         "import importlib.util; assert importlib.util.find_spec('sailer') is None; runpy.run_path('app.py')"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"GRADIO_SERVER_PORT": "0", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-S", "-c", script]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=space, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-        line = process.stdout.readline()
-        try:
-            assert line.startswith("The page is at http://127.0.0.1:"), (tmp_path / "log").read_text()[-2000:]
-            from gradio_client import Client, handle_file
-
-            client = Client(line.split()[-1], verbose=False)
-            result = client.predict(handle_file(space / "examples" / "one.wav"), "balanced", api_name="/analyse")
-            assert any("sailer-results" in str(part) for part in result)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
-            process.stdout.close()
+    assert expected_of(space) in judged_by([sys.executable, "-S", "-c", script], space, tmp_path)
 
 
 def test_a_space_is_pushed_as_one(space: Path, hub, capsys: pytest.CaptureFixture) -> None:

@@ -127,8 +127,10 @@ def comparison(before: Mapping[str, float], after: Mapping[str, float], names: t
     labels = sorted(before.keys() & after.keys(), key=lambda label: -abs(after[label] - before[label]))
     first, second = names
     rows = [
-        {"label": label, first: before[label], second: after[label], "change": f"{after[label] - before[label]:+.2f}"}
+        # Rounded first, and a zero added: so that no change is "-0.00".
+        {"label": label, first: before[label], second: after[label], "change": f"{round(change, 2) + 0.0:+.2f}"}
         for label in labels
+        for change in [after[label] - before[label]]
     ]
     return table(rows, ["label", first, second, "change"], caption)
 
@@ -168,7 +170,8 @@ def adapted(
     if "label" in before:
         same = before["label"] == after["label"]
         changes = f"<p>The decision {'stays' if same else 'becomes'} {escape(after['label'])}.</p>{changes}"
-    listed = table(recordings, ["file", "seconds", "left out"], "Recordings of the speaker")
+    columns = ["file", "seconds", *(["left out"] if left_out else [])]
+    listed = table(recordings, columns, "Recordings of the speaker")
     return (
         f'<div class="sailer-results">{note(told)}<div class="sailer-systems">{sides}</div>'
         f"{_panel('changes', 'What changes', changes)}{_panel('recordings', 'The recordings', listed)}</div>"
