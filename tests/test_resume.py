@@ -181,6 +181,17 @@ def test_another_run_is_refused_with_what_differs(interrupted: Path, capsys: pyt
 
 
 @pytest.mark.slow
+def test_what_is_logged_may_change_and_the_weights_do_not(interrupted: Path, whole: Path) -> None:
+    last = int(newest(interrupted).name.rpartition("-")[2])
+    changed = {"logging_strategy": "steps", "logging_steps": 1, "save_steps": 4}
+    printed = finish(interrupted, **STEPS | changed, save_total_limit=10, resume_from_checkpoint="true")
+    assert_equal_systems(interrupted, whole)
+    log = json.loads((interrupted / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "loss" in entry and entry["step"] > last] == [*range(last + 1, 19)]
+    assert printed.count(": loss ") >= 18 - last
+
+
+@pytest.mark.slow
 def test_a_checkpoint_has_no_frozen_weights_and_the_result_has_all(interrupted: Path, whole: Path) -> None:
     kept = load_file(newest(interrupted) / "trained.safetensors")
     everything = weights(whole)

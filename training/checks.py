@@ -75,6 +75,11 @@ def check_settings(settings: Settings) -> None:
             "backbone_learning_rate is set but every backbone is frozen: set freeze_audio (or freeze_text) to false, "
             "or leave it out."
         )
+    if training.torch_compile and data.cache_features != "off" and frozen and not model.base_model:
+        raise SettingsError(
+            f"torch_compile is true but cache_features is {data.cache_features!r}: the encoders, whose layers are "
+            "compiled, do not run in training. Leave one of them out."
+        )
     trains_text = model.base_model or (model.text_backbone and not model.freeze_text)
     if training.neftune_noise_alpha and not trains_text:
         raise SettingsError(

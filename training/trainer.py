@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -21,6 +22,7 @@ from sailer.data.schema import LabelSet
 from sailer.data.streaming import StreamedClips
 from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
+from sailer.training.compilation import LayerCompilation
 from sailer.training.losses import TEACHER, SailerObjective
 from sailer.training.mixup import Mixture, mix_states, mix_targets
 from sailer.training.publishing import PublishingTrainer
@@ -106,6 +108,10 @@ class SailerTrainer(ShardedTrainer, PublishingTrainer):
         self._frozen: str | None = None
         self._termination = checkpoints.TerminationCallback()
         self.add_callback(self._termination)
+        self._compilation = LayerCompilation.asked_for(self.args)
+        if self._compilation is not None:
+            self.add_callback(self._compilation)
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")  # else it compiles the whole model
         self.add_callback(_LineCallback if self.args.disable_tqdm else _BarCallback)
 
     def compute_loss(
@@ -283,10 +289,18 @@ class SailerTrainer(ShardedTrainer, PublishingTrainer):
                 output = super().train(point, *args, **kwargs)
         finally:
             self._termination.restore()
+            if self._compilation is not None:
+                self._compilation.restore()
         told = self._throughput.told(self.accelerator)
         if self.is_world_process_zero():
             print(told, flush=True)
         return output
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)
+        # A checkpoint's state brings the intervals of logging and saving along that its run had.
+        self.state.compute_steps(self.args, max_steps)
+        return trained
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's; its time is not counted as training."""
