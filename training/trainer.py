@@ -25,14 +25,13 @@ from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.compilation import LayerCompilation
 from sailer.training.losses import TEACHER, SailerObjective
 from sailer.training.mixup import Mixture, mix_states, mix_targets
+from sailer.training.progress import BarCallback, LineCallback
 from sailer.training.publishing import PublishingTrainer
 from sailer.training.sharding import ShardedTrainer, is_asked_for, split_weights
 from sailer.training.throughput import Throughput
 
 # In a batch for scoring but not for the model: the consensus label that the corpus publishes.
 CONSENSUS = "consensus"
-# What the terminal shows of an evaluation; the log and metrics.json hold all of it.
-SHOWN = ("loss", "macro_f1", "accuracy", "min_map", "ccc")
 
 
 class SplitPrediction(NamedTuple):
@@ -112,7 +111,7 @@ class SailerTrainer(ShardedTrainer, PublishingTrainer):
         if self._compilation is not None:
             self.add_callback(self._compilation)
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")  # else it compiles the whole model
-        self.add_callback(_LineCallback if self.args.disable_tqdm else _BarCallback)
+        self.add_callback(LineCallback if self.args.disable_tqdm else BarCallback)
 
     def compute_loss(
         self,
@@ -472,32 +471,3 @@ class _EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch or 0))
-
-
-class _LineCallback(TrainerCallback):
-    """One short line per log, instead of a dictionary of fifty figures."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        line = _line(logs or {})
-        if line and state.is_world_process_zero:
-            self.write(line)
-
-    def write(self, line: str) -> None:
-        print(line, flush=True)
-
-
-class _BarCallback(_LineCallback, ProgressCallback):
-    """The same above the Trainer's progress bar."""
-
-    def write(self, line: str) -> None:
-        if self.training_bar is not None:
-            self.training_bar.write(line)
-
-
-def _line(logs: dict[str, float]) -> str:
-    epoch = f"epoch {logs.get('epoch', 0):.4g}"
-    if "loss" in logs:
-        parts = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in logs.items() if "loss_" in name]
-        return f"{epoch}: loss {logs['loss']:.4g}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
-    shown = [f"{name} {logs[f'eval_{name}']:.4g}" for name in SHOWN if f"eval_{name}" in logs]
-    return f"{epoch}: validation {', '.join(shown)}" if shown else ""
