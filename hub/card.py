@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sailer.data.atomic import write_json
-from sailer.hub.origins import Origin, hub_ids, most_restrictive, of_system, read_card
+from sailer.hub.origins import Origin, file_of, hub_ids, most_restrictive, of_system, read_card
 from sailer.hub.templates import number, render
 
 if TYPE_CHECKING:
@@ -111,9 +112,7 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
             for split, values in facts["metrics"].items()
         }
         facts["statistics_table"] = _statistics_table(facts["statistics"])
-        facts["trained_on"] = sorted(
-            {name for split in facts["splits"] if split["use"] == TRAINING for name in split["speakers"]}
-        )
+        facts["trained_on"] = _trained_on(facts)
         facts["unfit"] = list(_unfit(facts))
         facts["seed_tables"] = seed_tables(facts["seeds"]) if facts["seeds"] else {}
         facts["versions"] = [" ".join(item) for item in facts["versions"].items()]
@@ -210,7 +209,31 @@ def render_ensemble_card(
         {"name": member["name"], "heads": member["heads"], "share": share}
         for member, share in zip(config.members, shares, strict=True)
     ]
+    facts |= _heard_by([member["name"] for member in config.members], sources)
     return render("ensemble.md.jinja", facts, path)
+
+
+def _heard_by(members: Sequence[str], sources: Sequence[str | Path]) -> dict[str, Any]:
+    """What each member was trained on (`heard`), and what none of them may be judged on (`unfit`): their own cards do
+    not come along with them."""
+    heard, unfit = [], dict[str, None]()
+    for name, source in zip(members, sources, strict=True):
+        file = file_of(source, FACTS_FILE)
+        if file is None:
+            heard.append({"name": name, "corpus": None})
+            unfit[f"what {name} was trained on, which no card says here."] = None
+            continue
+        facts = {"kin": ""} | json.loads(file.read_text(encoding="utf-8"))
+        facts["origins"] = [Origin(**{**origin, "corpora": tuple(origin["corpora"])}) for origin in facts["origins"]]
+        clips = sum(split["clips"] for split in facts["splits"] if split["use"] == TRAINING)
+        heard.append({"name": name, "corpus": facts["corpus"], "clips": clips, "trained_on": _trained_on(facts)})
+        unfit |= dict.fromkeys(_unfit(facts))
+    return {"heard": heard, "unfit": list(unfit)}
+
+
+def _trained_on(facts: Mapping[str, Any]) -> list[str]:
+    """The speakers in training."""
+    return sorted({name for split in facts["splits"] if split["use"] == TRAINING for name in split["speakers"]})
 
 
 def _render_copy(

@@ -193,23 +193,31 @@ def most_restrictive(origins: Iterable[Origin]) -> dict[str, str]:
 
 def read_card(source: str | Path) -> dict[str, Any] | None:
     """The header of a system's or backbone's own card: of a folder, or on the Hub where that is to be reached."""
-    from huggingface_hub import ModelCard, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import ModelCard
 
-    path = Path(source) / "README.md"
-    if not Path(source).exists():
-        name, _, revision = str(source).partition("@")
-        try:
-            path = Path(hf_hub_download(name, "README.md", revision=revision or None))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-            return None
-    if not path.is_file():
+    path = file_of(source, "README.md")
+    if path is None:
         return None
     try:
         return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # YAML of others, which any parser's error may come of
         logger.warning("%s has a header that cannot be read: %s", path, error)
         return None
+
+
+def file_of(source: str | Path, name: str) -> Path | None:
+    """A file of a folder or of a Hub id ("user/name@revision"); None where it is not, or the Hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    path = Path(source) / name
+    if not Path(source).exists():
+        repository, _, revision = str(source).partition("@")
+        try:
+            path = Path(hf_hub_download(repository, name, revision=revision or None))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+            return None
+    return path if path.is_file() else None
 
 
 def hub_ids(origins: Sequence[Origin]) -> list[str]:

@@ -2,10 +2,22 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from sailer.hub.card import FACTS_FILE, NOTHING, SELECTION, TEST, TRAINING, environment_facts, render_card, write_card
+from sailer.hub.card import (
+    FACTS_FILE,
+    NOTHING,
+    SELECTION,
+    TEST,
+    TRAINING,
+    environment_facts,
+    render_card,
+    render_ensemble_card,
+    write_card,
+)
 from sailer.hub.origins import Origin, of_backbone, of_corpus
 
 LABELS = ["Angry", "Happy", "Sad", "Other"]
@@ -153,6 +165,32 @@ def test_the_card_says_what_was_heard_and_what_must_not_be_judged(facts: dict, t
     assert "1 of its speakers are in training" in unfit[3] and "of the same actors" in unfit[4]
     assert "so no figure above is of speech that is new to it" in unfit[5]
     assert "openai/whisper-base was itself trained on 680,000 hours" in heard
+
+
+def test_an_ensemble_s_card_says_what_its_members_heard(facts: dict, tmp_path: Path) -> None:
+    """The members' own cards do not come along: theirs is all that is left of what they were trained on."""
+    for name in ("one", "two", "bare"):
+        (tmp_path / name).mkdir()
+    other = [split("train", TRAINING, 9, ["b", "z"]), split("development", SELECTION, 7, ["y"])]
+    write_card(facts, tmp_path / "one")
+    write_card(facts | {"corpus": "crema_d", "splits": other, "kin": "Its videos are of the same."}, tmp_path / "two")
+    members = [{"name": name, "heads": ["primary"]} for name in ("one", "two", "bare")]
+    config: Any = SimpleNamespace(combine="probabilities", heads=["primary"], labels=LABELS, members=members)
+    sources = [tmp_path / name for name in ("one", "two", "bare")]
+    card = render_ensemble_card(config, [1, 1, 2], sources, "all", tmp_path / "README.md").read_text()
+    heard = sections(card)["What its members have heard"]
+    assert "| one | ravdess | 1,202 | a, b |" in heard and "| two | crema_d | 9 | b, z |" in heard
+    assert "| bare | not known | not known | not known |" in heard
+    unfit = heard.split("Do not judge it on")[1].split("\n\n")[1].splitlines()
+    assert [line.split(":")[0].removeprefix("- ") for line in unfit] == [
+        "any recording of the speakers in training, in whatever split, release or corpus it stands;",
+        "recordings from where those 3 clips of train come from whose speakers are not known;",
+        "validation of ravdess",
+        "test of ravdess",
+        "development of crema_d",
+        "what shares speakers or recordings with crema_d",
+        "what bare was trained on, which no card says here.",
+    ]
 
 
 def test_many_speakers_are_not_all_on_the_card(facts: dict, tmp_path: Path) -> None:
