@@ -216,7 +216,8 @@ def render_ensemble_card(
 def _heard_by(members: Sequence[str], sources: Sequence[str | Path]) -> dict[str, Any]:
     """What each member was trained on (`heard`), and what none of them may be judged on (`unfit`): their own cards do
     not come along with them."""
-    heard, unfit = [], dict[str, None]()
+    heard: list[dict[str, Any]] = []
+    unfit: dict[str, None] = {}
     for name, source in zip(members, sources, strict=True):
         file = file_of(source, FACTS_FILE)
         if file is None:

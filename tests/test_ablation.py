@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from datasets import DatasetDict
 
 from sailer.data.labels import consensus
@@ -177,6 +178,32 @@ def test_a_tiny_table_is_written_and_a_second_call_trains_nothing(ablation, tmp_
     monkeypatch.setattr(ablation, "run", None)
     ablation.main(arguments)
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_a_teacher_is_trained_once_a_seed_judged_and_learned_from(ablation, tmp_path, monkeypatch):
+    pytest.importorskip("espeakng_loader")
+    monkeypatch.setitem(ablation.GROUPS, "synthetic", {"objective": ablation.GROUPS["synthetic"]["objective"]})
+    prepared, judged = [], []
+    prepare, predict = ablation.prepare, ablation.predict
+    monkeypatch.setattr(ablation, "prepare", lambda *given: prepared.append(given[0]) or prepare(*given))
+    monkeypatch.setattr(ablation, "predict", lambda *given: judged.append(given[0]) or predict(*given))
+    arguments = ["--audio_backbone", "tiny-whisper", "--seeds", "0", "--epochs", "1", "--corpora", "synthetic"]
+    arguments += ["--synthetic", json.dumps(TINY), "--output_dir", str(tmp_path)]
+    ablation.main([*arguments, "--json", str(tmp_path / "table.json")])
+    rows = {row["setting"]: row["runs"] for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert list(rows.values()) == [1] * 4 and list(rows)[2:] == [
+        "three of the first row, averaged",
+        "distilled from those three",
+    ]
+    # The first row, ce, three teachers and the student; the teachers' mean is judged once, and trains no more.
+    objectives = [settings.objective.objective for settings in prepared]
+    assert objectives == ["kl", "ce", "kl", "kl", "kl", "distil"]
+    (teacher,) = (tmp_path / "teachers").iterdir()
+    assert prepared[-1].objective.teacher == str(teacher)
+    (ensemble,) = judged
+    heads = [member.heads["primary"][-1].weight for member in ensemble.members]
+    assert len(heads) == 3 and not any(torch.equal(heads[0], other) for other in heads[1:])
 
 
 def test_rows_that_fine_tune_keep_no_features(ablation, options):
