@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -84,6 +85,22 @@ def test_annotations_are_those_of_the_dataset_at_hand_and_the_recordings_stay(da
     for row in streamed["train"]:
         recording = next(source.recordings(row["shard"], row["row"]))
         assert recording == {"path": None, "bytes": wav(int(row["id"][4:]))}
+
+
+def bytes_read(path: Path) -> int:
+    """By this process, while the annotations of the dataset are read."""
+    before = psutil.Process().io_counters().read_chars
+    assert len(load_corpus("hub", path, label_set=FOUR, columns=COLUMNS, streamed="train")["train"])
+    return psutil.Process().io_counters().read_chars - before
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "io_counters"), reason="this system does not count what is read")
+def test_annotations_are_read_without_the_recordings(dataset: Path, tmp_path: Path) -> None:
+    bytes_read(dataset)  # modules that are imported at first are read too
+    write(tmp_path / "set" / "train-00000-of-00001.parquet", 500, 12)  # of 5.3 s and more
+    write(tmp_path / "set" / "validation-00000-of-00001.parquet", 0, 1)
+    recordings = sum(len(wav(500 + row)) for row in range(12))
+    assert recordings > 2e6 and bytes_read(tmp_path / "set") < recordings / 5
 
 
 @pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 0), (3, 2), (1, 3)])
@@ -192,6 +209,7 @@ def arguments(dataset: Path, folder: Path, **changes: object) -> list[str]:
             "dataloader_persistent_workers is true",
         ),
         ({"streaming_buffer": 0}, "streaming_buffer"),
+        ({"objective": "distil", "teacher": "a_teacher"}, "objective is 'distil' but streaming is true"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(

@@ -117,6 +117,7 @@ def _check_streaming(settings: Settings) -> None:
         f"cache_features is {data.cache_features!r}": data.cache_features != "off",
         "train_sampling_strategy is 'group_by_length'": training.train_sampling_strategy == "group_by_length",
         f"preview is {data.preview}": data.preview > 0,
+        "objective is 'distil'": settings.objective.objective == "distil",  # the teacher hears every clip beforehand
         "dataloader_persistent_workers is true": training.dataloader_persistent_workers,
     }
     for told, is_wanted in reasons.items():

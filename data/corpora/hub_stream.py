@@ -84,7 +84,14 @@ def load_streamed(
     for split, name in own.items():
         if name in chosen(sorted(set(own.values())), options.splits):
             problems = Problems(path, strict, report)
-            rows[name] = _read(source[split], split, name == streamed, options, label_set, problems)
+            part, annotations = source[split], source[split]
+            if name == streamed:
+                audio = _audio_column(part, options, split)
+                wanted = [column for column in _features(part) if column != audio]
+                if part.info.builder_name == "parquet":  # a selection of columns alone would read all, and drop some
+                    annotations = _open_stream(path.as_posix(), subset, revision, columns=wanted)[split]
+                annotations = annotations.select_columns(wanted)
+            rows[name] = _read(part, annotations, split, name == streamed, options, label_set, problems)
     return rows
 
 
@@ -98,9 +105,14 @@ def stream_source(
     return StreamSource(Path(path).as_posix(), split, subset, revision, _audio_column(source[split], options, split))
 
 
-def _open_stream(path: str, subset: str | None, revision: str | None) -> Mapping[str, IterableDataset]:
+def _open_stream(
+    path: str, subset: str | None, revision: str | None, columns: list[str] | None = None
+) -> Mapping[str, IterableDataset]:
+    """The dataset's splits; of Parquet files nothing is read but `columns`, where they are given."""
     folder = Path(path).expanduser()
-    given = {} if folder.is_dir() or revision is None else {"revision": revision}
+    given: dict[str, Any] = {} if columns is None else {"columns": columns}
+    if revision is not None and not folder.is_dir():
+        given["revision"] = revision
     try:
         return load_dataset(str(folder) if folder.is_dir() else path, name=subset, streaming=True, **given)
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
@@ -132,18 +144,18 @@ def _kind(feature: Any) -> list[tuple[str, pa.DataType]]:
 
 def _read(
     part: IterableDataset,
+    annotations: IterableDataset,
     split: str,
     is_streamed: bool,
     options: TableOptions,
     label_set: LabelSet,
     problems: Problems,
 ) -> Dataset:
-    """Canonical rows of one split; with their recordings where it is not the streamed one."""
+    """Canonical rows of one split, from its annotations; with their recordings where it is not the streamed one."""
     audio, features = _audio_column(part, options, split), _features(part)
-    wanted = [name for name in features if not (is_streamed and name == audio)]
     tables, lengths = [], []
-    for shard in range(part.num_shards):
-        stream = part.select_columns(wanted).shard(num_shards=part.num_shards, index=shard)
+    for shard in range(annotations.num_shards):
+        stream = annotations.shard(num_shards=annotations.num_shards, index=shard)
         batches = list(stream.with_format("arrow").iter(batch_size=1000))
         tables += batches
         lengths.append(sum(map(len, batches)))
