@@ -7,16 +7,26 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=12:00:00
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 set -euo pipefail
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-launch=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node 8 --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID"
-    --rdzv_endpoint "$first:29500")
+launch=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" --rdzv_backend c10d
+    --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:${MASTER_PORT:-29500}")
 
-# SIGTERM comes 120 s before the limit: the run saves its state and ends. When it did not finish, it is queued again,
-# and resume_from_checkpoint has it go on; from the first start there is nothing to go on from, and it starts afresh.
-requeue() { scontrol requeue "$SLURM_JOB_ID"; }
-trap requeue TERM
+# SIGTERM comes to this script (B:) 120 s before the limit, and goes on to the run, which saves its state and ends. Only
+# then is the job queued again, which would kill the run at once. resume_from_checkpoint has it go on; from the first
+# start there is nothing to go on from, and it starts afresh.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds that torchrun leaves its processes, 30 without it
+stopped=
+stop() { stopped=yes && kill -TERM "$run"; }
+trap stop TERM
 srun --kill-on-bad-exit=1 "${launch[@]}" train.py "$@" --resume_from_checkpoint true &
-wait $! || { status=$?; wait; exit "$status"; }
+run=$!
+status=0
+wait "$run" || status=$?
+if [ -n "$stopped" ]; then # the signal ended the first wait
+    wait "$run" && exit
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
