@@ -2,8 +2,8 @@
 encoder of our own is built of.
 
 Adaptation to a speaker stands here too: how recordings, without labels, deviate from the mean voice is taken off every
-frame that the head is given. What a recording's emotion adds is estimated by the system's own probabilities and left
-out, so that recordings of one emotion alone do not pass for the voice."""
+frame that the head is given. What the recordings' emotions add is estimated by the system's own probabilities and left
+out as far as they are one emotion, so that this does not pass for the voice."""
 
 from __future__ import annotations
 
@@ -117,19 +117,31 @@ class SpeakerReference(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("offsets", torch.zeros(labels, width))
 
-    def deviations(self, means: torch.Tensor, probabilities: torch.Tensor | None) -> torch.Tensor:
-        """How far recordings are from the mean voice, less what their emotions add.
+    def statistics(self, means: torch.Tensor, probabilities: torch.Tensor | None) -> SpeakerStatistics:
+        """Those of a speaker's recordings.
 
         Args:
             means: (recordings, width), the means of their speech.
             probabilities: (recordings, labels) of their emotions; None where a system has no such head.
         """
-        deviations = means - self.mean.to(means)
-        return deviations if probabilities is None else deviations - probabilities @ self.offsets.to(means)
+        emotions = self.offsets.new_zeros(len(self.offsets)) if probabilities is None else probabilities.sum(0)
+        return SpeakerStatistics((means - self.mean.to(means)).sum(0), emotions.to(means), len(means))
+
+    def shift(self, known: SpeakerStatistics) -> torch.Tensor:
+        """What is subtracted from every frame (width,): the mean deviation, shrunk to n / (n + 2) of n recordings.
+
+        What their emotions add is left out of it, the more so the more alike they are: by 1 - H / log(labels), H the
+        entropy of their mean probabilities. Of all emotions together it would be next to nothing, and what is
+        estimated then is rather a voice that sounds sad than sadness.
+        """
+        shares = known.emotions.clamp(min=0) / max(known.count, 1)
+        entropy = -torch.xlogy(shares, shares).sum()
+        sameness = (1 - entropy / math.log(max(len(shares), 2))).clamp(min=0)
+        return (known.total - sameness * (known.emotions @ self.offsets.to(known.emotions))) / (known.count + DOUBT)
 
     @torch.no_grad()
     def fit(self, means: torch.Tensor, probabilities: torch.Tensor | None, speakers: Sequence[str]) -> None:
-        """Learn it from recordings (see `deviations`) of several speakers.
+        """Learn it from recordings (see `statistics`) of several speakers.
 
         Each speaker counts once in the mean. An emotion's offset is the mean of the recordings' distances from their
         speaker's mean, weighted by the emotion's probability.
@@ -155,24 +167,16 @@ class SpeakerReference(nn.Module):
 
 @dataclass(frozen=True)
 class SpeakerStatistics:
-    """What is known of a voice: the sum (width,) of its recordings' deviations, and how many there are."""
+    """What is known of a voice: the sum (width,) of its recordings' deviations from the mean voice, that of their
+    emotions' probabilities (labels,), and how many there are. `SpeakerReference` makes them."""
 
     total: torch.Tensor
-    count: int = 0
+    emotions: torch.Tensor
+    count: int
 
-    @property
-    def shift(self) -> torch.Tensor:
-        """What is subtracted from every frame (width,): the mean deviation, shrunk to n / (n + 2) of n recordings."""
-        return self.total / (self.count + DOUBT)
-
-    @classmethod
-    def of(cls, deviations: torch.Tensor) -> SpeakerStatistics:
-        """Those of recordings, from their deviations (recordings, width)."""
-        return cls(deviations.sum(0), len(deviations))
-
-    def without(self, deviation: torch.Tensor) -> SpeakerStatistics:
-        """Those of all recordings but one, whose deviation is given."""
-        return SpeakerStatistics(self.total - deviation, self.count - 1)
+    def without(self, some: SpeakerStatistics) -> SpeakerStatistics:
+        """Those of all recordings but some."""
+        return SpeakerStatistics(self.total - some.total, self.emotions - some.emotions, self.count - some.count)
 
 
 class AudioProjection(nn.Sequential):

@@ -234,7 +234,7 @@ class SailerModel(SailerPreTrainedModel):
             pooled_hidden_states: what `pool_states` makes of them, (batch, [layers,] groups, width); `attention_mask`
                 is then how many of a clip's frames each group holds.
             text_hidden_states: (batch, layers, width), means over each transcript's tokens, instead of input_ids.
-            speaker_shift: (batch, width), taken off each clip's speech frames (`SpeakerStatistics.shift`).
+            speaker_shift: (batch, width), taken off each clip's speech frames (`SpeakerReference.shift`).
             output_hidden_states: also return the speech encoder's hidden states; the configuration's by default.
             return_dict: False returns a tuple.
 

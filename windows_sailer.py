@@ -295,10 +295,12 @@ class Speakers(Mapping[str, SpeakerStatistics]):
         self._known.clear()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write them as safetensors: the sums (speakers, width), the counts (speakers,), the names in its header."""
-        names, width = list(self._known), len(reference_of(self._model).mean)
+        """Write them as safetensors: the sums (speakers, width) and (speakers, labels), the counts (speakers,), and
+        the names in its header."""
+        names, (labels, width) = list(self._known), reference_of(self._model).offsets.shape
         tensors = {
             "total": torch.stack([torch.zeros(width), *(self._known[name].total for name in names)])[1:],
+            "emotions": torch.stack([torch.zeros(labels), *(self._known[name].emotions for name in names)])[1:],
             "count": torch.tensor([self._known[name].count for name in names], dtype=torch.long),
         }
         beside = f"{os.fspath(path)}.{os.getpid()}.partial"
@@ -319,7 +321,8 @@ class Speakers(Mapping[str, SpeakerStatistics]):
             with safe_open(path, framework="pt") as stored:
                 facts = stored.metadata() or {}
                 names, system = json.loads(facts["names"]), facts["system"]
-                total, count = stored.get_tensor("total"), stored.get_tensor("count").tolist()
+                total, emotions = stored.get_tensor("total"), stored.get_tensor("emotions")
+                count = stored.get_tensor("count").tolist()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as statistics of speakers ({error}).") from error
         if system != fingerprint(self._model):
@@ -327,8 +330,8 @@ class Speakers(Mapping[str, SpeakerStatistics]):
                 f"{path} holds speakers of another system, layer choice or mean voice: they mean nothing to this one. "
                 "Adapt to their recordings again."
             )
-        for name, row, number in zip(names, total, count, strict=True):
-            self[name] = SpeakerStatistics(row, number)
+        for name, *known in zip(names, total, emotions, count, strict=True):
+            self[name] = SpeakerStatistics(*known)
 
 
 def recording_means(clips: Iterable[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -404,7 +407,7 @@ class KnowsSpeakers:
         """
         reference = reference_of(self.model)
         means, probabilities, _ = self._heard(recordings, f"speaker {name!r}", options)
-        self.speakers[name] = SpeakerStatistics.of(reference.deviations(means, probabilities))
+        self.speakers[name] = reference.statistics(means, probabilities)
         return self.speakers[name]
 
     def learn_mean_voice(self, recordings: Iterable[Any], speakers: Iterable[str], **options: Any) -> None:
@@ -445,14 +448,14 @@ class KnowsSpeakers:
         if speaker is None or speaker == "":
             return None
         if isinstance(speaker, SpeakerStatistics):
-            return speaker.shift
-        reference_of(self.model)
+            return reference_of(self.model).shift(speaker)
+        reference = reference_of(self.model)
         if speaker not in self.speakers:
             known = ", ".join(sorted(self.speakers)[:10]) or "nobody yet"
             raise ValueError(
                 f"The speaker {speaker!r} is not known: adapt to their recordings first (known: {known})."
             )
-        return self.speakers[speaker].shift
+        return reference.shift(self.speakers[speaker])
 
     def _heard(
         self, recordings: Iterable[Any], whose: str, options: Mapping[str, Any]

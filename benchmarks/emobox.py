@@ -48,7 +48,7 @@ from sailer.data import LabelSet, load_corpus
 from sailer.data.folds import Fold, fold_rows, read_folds
 from sailer.data.rendering import rendering_key
 from sailer.data.schema import CorpusReport
-from sailer.layers_sailer import SpeakerStatistics, reference_of
+from sailer.layers_sailer import reference_of
 from sailer.settings import load_recipe, parse_overrides, resolve
 from sailer.train import Job, fit, prepare
 from sailer.training.arguments import TARGETS
@@ -198,23 +198,23 @@ def adapt(job: Job, trainer: SailerTrainer, draws: int) -> dict[str, float]:
     rows, model = job.corpus["test"], job.system.model
     labels, speakers = np.asarray(rows["label"]), np.asarray(rows["speaker"])
 
+    batch = trainer.evaluation_collator([rows[place] for place in range(len(rows))])
+    inputs = {name: value for name, value in batch.items() if name not in (*TARGETS, CONSENSUS)}
+
     def said(shifts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         means, logits = [], []
         for start in range(0, len(rows), 32):
-            batch = trainer.evaluation_collator([rows[place] for place in range(start, min(start + 32, len(rows)))])
-            inputs = {
-                name: value.to(model.device) for name, value in batch.items() if name not in (*TARGETS, CONSENSUS)
-            }
+            part = {name: value[start : start + 32].to(model.device) for name, value in inputs.items()}
             own = None if shifts is None else shifts[start : start + 32].to(model.device)
             with torch.no_grad():
-                outputs = model(**inputs, speaker_shift=own)
+                outputs = model(**part, speaker_shift=own)
             means.append(outputs.speech_means.float().cpu())
             logits.append(outputs.logits.float().cpu())
         return torch.cat(means), torch.cat(logits)
 
     model.eval()
     means, logits = said(None)
-    deviations = reference_of(model).cpu().deviations(means, logits.softmax(-1))
+    reference, probabilities = reference_of(model).cpu(), logits.softmax(-1)
     figures = {}
     for kind, counts in (("balanced", BALANCED), ("one emotion", ONE_EMOTION)):
         for count in counts:
@@ -224,7 +224,7 @@ def adapt(job: Job, trainer: SailerTrainer, draws: int) -> dict[str, float]:
                 shifts = torch.zeros_like(means)
                 for place in range(len(rows)):
                     others = choose(place, labels, speakers, count, kind == "balanced", generator)
-                    shifts[place] = SpeakerStatistics.of(deviations[others]).shift
+                    shifts[place] = reference.shift(reference.statistics(means[others], probabilities[others]))
                 decided = decisions(said(shifts)[1].numpy(), job.system.label_set)
                 scores.append(decision_metrics(decided, labels, job.system.label_set)["macro_f1"])
             figures[f"{kind}, {count}"] = statistics.fmean(scores)

@@ -88,29 +88,33 @@ def voices_of(
         PredictionError: no recording of a known speaker can be used.
     """
     check_adaptable(classifier.model)
-    known = [(file, speaker) for file, speaker in zip(files, speakers, strict=True) if speaker]
-    clips = classifier.encode([file for file, _ in known])
+    named = [(file, speaker) for file, speaker in zip(files, speakers, strict=True) if speaker]
+    clips = classifier.encode([file for file, _ in named])
     heard = [
         (file, speaker, recording_means([clip]))
         for (file, speaker), clip in zip(
-            known, tqdm(clips, desc="Hearing the speakers", total=len(known)), strict=True
+            named, tqdm(clips, desc="Hearing the speakers", total=len(named)), strict=True
         )
         if clip.error is None
     ]
     if not heard:
-        raise PredictionError(f"None of the {len(known)} recordings of known speakers can be used.")
+        raise PredictionError(f"None of the {len(named)} recordings of known speakers can be used.")
     means = torch.cat([means for _, _, (means, _) in heard])
     said = [probabilities for _, _, (_, probabilities) in heard if probabilities is not None]
     probabilities = torch.cat(said) if said else None
     if not classifier.model.config.speaker_reference:
         logger.info("This system does not know the mean voice: it is learned from these recordings.")
         set_reference(classifier.model, means, probabilities, [speaker for _, speaker, _ in heard])
-    deviations = reference_of(classifier.model).deviations(means, probabilities)
+    reference = reference_of(classifier.model)
+
+    def known(rows: list[int]) -> SpeakerStatistics:
+        return reference.statistics(means[rows], None if probabilities is None else probabilities[rows])
+
     of_speaker: dict[str, list[int]] = {}
     for row, (_, speaker, _) in enumerate(heard):
         of_speaker.setdefault(speaker, []).append(row)
-    voices = {speaker: SpeakerStatistics.of(deviations[rows]) for speaker, rows in of_speaker.items()}
+    voices = {speaker: known(rows) for speaker, rows in of_speaker.items()}
     sizes = Counter(len(rows) for rows in of_speaker.values())
     if sizes[1]:
         logger.warning("%d speakers have one recording that can be used: it is judged as it is.", sizes[1])
-    return {file: voices[speaker].without(deviations[row]) for row, (file, speaker, _) in enumerate(heard)}
+    return {file: voices[speaker].without(known([row])) for row, (file, speaker, _) in enumerate(heard)}

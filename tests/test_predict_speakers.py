@@ -10,6 +10,7 @@ from sailer.cli import main
 from sailer.inference.outputs import PredictionError
 from sailer.inference.predict import PredictionSettings, load_classifier
 from sailer.inference.speakers import speakers_of, voices_of
+from sailer.layers_sailer import reference_of
 
 from .sounds import noise
 
@@ -111,4 +112,4 @@ def test_what_cannot_be_used_says_nothing_of_anybody(clips, tiny_speech_sailer, 
         voices_of(classifier, files, ["" if speaker == "bert" else speaker for speaker in speakers])
     voices = voices_of(classifier, files, speakers)
     assert str(broken) not in voices and voices[files[0]].count == 2
-    assert voices[files[0]].shift.isfinite().all()
+    assert reference_of(classifier.model).shift(voices[files[0]]).isfinite().all()

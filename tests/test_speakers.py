@@ -9,7 +9,7 @@ import soundfile
 import torch
 
 from sailer import SailerForAudioClassification, SailerProcessor, SpeechEmotionPipeline
-from sailer.layers_sailer import SpeakerReference, SpeakerStatistics, fingerprint, reference_of, set_reference
+from sailer.layers_sailer import SpeakerReference, fingerprint, reference_of, set_reference
 from sailer.windows_sailer import with_speakers
 
 from .scores import scores
@@ -49,25 +49,40 @@ def test_the_mean_voice_counts_each_speaker_once_and_offsets_are_from_their_own_
     assert reference.mean.tolist() == pytest.approx([4.75, 2.75])
     # First emotion: distances (-1, 0), (0, 0), (0, -1); second: (1, 0), (0, 1), (0, 0).
     assert reference.offsets.flatten().tolist() == pytest.approx([-1 / 3, -1 / 3, 1 / 3, 1 / 3])
-    deviations = reference.deviations(torch.tensor([[5.75, 2.75]]), torch.tensor([[1.0, 0.0]]))
-    assert deviations[0].tolist() == pytest.approx([1 + 1 / 3, 1 / 3])
-    assert reference.deviations(torch.tensor([[5.75, 2.75]]), None).tolist() == [[1.0, 0.0]]
     with pytest.raises(ValueError, match="learned from 3 speakers"):
         reference.fit(means[:4], said[:4], speakers[:4])
 
 
-def test_a_deviation_is_shrunk_by_the_number_of_recordings_and_one_can_be_left_out() -> None:
-    deviations = torch.tensor([[3.0, 0.0], [5.0, 4.0], [1.0, -1.0]])
-    voice = SpeakerStatistics.of(deviations)
-    assert voice.count == 3
-    assert voice.shift.tolist() == pytest.approx([9 / 5, 3 / 5])  # the mean (3, 1), times 3 / (3 + 2)
-    rest, two = voice.without(deviations[1]), SpeakerStatistics.of(deviations[[0, 2]])
-    assert rest.count == 2 and rest.shift.tolist() == pytest.approx(two.shift.tolist())
-    assert SpeakerStatistics(torch.zeros(2)).shift.tolist() == [0, 0], "of nobody nothing is known"
+def test_a_voice_by_hand() -> None:
+    """Three recordings deviate by (3, 0), (5, 4) and (1, -1); the shift is of their sum, (9, 3), a fifth."""
+    reference = SpeakerReference(2, 2)
+    reference.mean.copy_(torch.tensor([1.0, 0.0]))
+    reference.offsets.copy_(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
+    means = torch.tensor([[4.0, 0.0], [6.0, 4.0], [2.0, -1.0]])
+
+    def shift(*said: float) -> list[float]:
+        return reference.shift(reference.statistics(means, torch.tensor([said] * 3))).tolist()
+
+    # One emotion: its offset, three times, is no part of the voice. Both alike: nothing is left out.
+    assert shift(1.0, 0.0) == pytest.approx([(9 - 6) / 5, 3 / 5])
+    assert shift(0.5, 0.5) == pytest.approx([9 / 5, 3 / 5])
+    assert reference.shift(reference.statistics(means, None)).tolist() == pytest.approx([9 / 5, 3 / 5])
+    # 3 : 1 has 0.8113 bits of the one that two emotions can have: 0.1887 of (2.25 * 2, 0.75 * 4).
+    assert shift(0.75, 0.25) == pytest.approx([(9 - 0.1887 * 4.5) / 5, (3 - 0.1887 * 3) / 5], abs=1e-4)
+
+    said = torch.tensor([[1.0, 0.0], [0.2, 0.8], [0.7, 0.3]])
+    voice, two = reference.statistics(means, said), reference.statistics(means[[0, 2]], said[[0, 2]])
+    rest = voice.without(reference.statistics(means[[1]], said[[1]]))
+    assert (voice.count, rest.count) == (3, 2)
+    assert reference.shift(rest).tolist() == pytest.approx(reference.shift(two).tolist(), abs=1e-6)
+    nobody = two.without(two)
+    assert nobody.count == 0 and reference.shift(nobody).tolist() == [0, 0], "of nobody nothing is known"
 
 
 def test_the_shift_is_taken_off_every_frame_of_the_last_layer(adapted, clips) -> None:
-    model, shift = adapted.model, adapted.speakers["fred"].shift
+    model = adapted.model
+    reference = reference_of(model)
+    shift = reference.shift(adapted.speakers["fred"])
     inputs = adapted.processor(audio=clips[:2], sampling_rate=16000)
     states, mask = model.sailer.audio_hidden_states(inputs["input_features"], inputs["attention_mask"])
     with torch.inference_mode():
@@ -78,10 +93,9 @@ def test_the_shift_is_taken_off_every_frame_of_the_last_layer(adapted, clips) ->
     assert (ours - plain.logits).abs().max() > 1e-3
     means = torch.stack([state[own].mean(0) for state, own in zip(states, mask.bool(), strict=True)])
     assert torch.allclose(plain.speech_means, means, atol=1e-6)
-    # One recording's deviation: its mean, less the mean voice and what its emotions add.
-    reference = reference_of(model)
-    expected = means[0] - reference.mean - plain.logits[0].softmax(-1) @ reference.offsets
-    assert torch.allclose(adapted.speakers["eve"].total, expected, atol=1e-5)
+    eve = adapted.speakers["eve"]
+    assert torch.allclose(eve.total, means[0] - reference.mean, atol=1e-5)
+    assert torch.allclose(eve.emotions, plain.logits[0].softmax(-1), atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", ["last", "weighted_norm"])
@@ -259,4 +273,4 @@ def test_a_reference_moves_to_the_models_device_and_type(classifier) -> None:
     before = fingerprint(classifier.model)
     classifier.model.to(torch.bfloat16)
     assert fingerprint(classifier.model) == before, "the same system in half precision"
-    assert reference_of(classifier.model).deviations(torch.ones(2, 32), None).dtype == torch.float32
+    assert reference_of(classifier.model).statistics(torch.ones(2, 32), None).total.dtype == torch.float32

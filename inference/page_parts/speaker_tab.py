@@ -168,13 +168,16 @@ def voice_of(
             read.append(row)
             yield {"array": recording.waveform, "sampling_rate": rate}
 
-    deviations = []
+    means: list[torch.Tensor] = []
+    said: list[torch.Tensor] = []
     for place, clip in enumerate(system.classifier.encode(waveforms(), **system.options(settings.transcriber))):
         if clip.error is None:
-            deviations.append(reference.deviations(*recording_means([clip])))
+            mean, probabilities = recording_means([clip])
+            means.append(mean)
+            said += [] if probabilities is None else [probabilities]
         else:
             read[place]["left out"] = clip.message
-    if not deviations:
+    if not means:
         reasons = "; ".join(row["left out"] for row in rows)
         raise PageError(f"None of the recordings of the speaker can be used: {reasons}")
-    return SpeakerStatistics.of(torch.cat(deviations)), rows
+    return reference.statistics(torch.cat(means), torch.cat(said) if said else None), rows
