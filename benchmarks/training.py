@@ -11,6 +11,7 @@ with and without kept states are compared in float32.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -52,8 +53,9 @@ def main() -> None:
         dataset = PlannedDataset(rows, settings)
         seconds = {}
         if arguments.padded:
-            extractor.n_samples, extractor.nb_max_frames = 15 * extractor.sampling_rate, 1500
-            padded = replace(collator, processor=SailerProcessor(extractor, audio_padding="max_length"))
+            longest = copy.deepcopy(extractor)  # the other batches' one stays as it is
+            longest.n_samples, longest.nb_max_frames = 15 * longest.sampling_rate, 1500
+            padded = replace(collator, processor=SailerProcessor(longest, audio_padding="max_length"))
             seconds["padded to 15 s"] = epoch(model, dataset, padded, "random")
         seconds["random batches"] = epoch(model, dataset, collator, "random")
         seconds["like length"] = epoch(model, dataset, collator, "group_by_length")
