@@ -1,5 +1,6 @@
 """Settings that would bite late are refused through the command line, before a clip is decoded or an encoder runs."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -63,6 +64,18 @@ def refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         ("train_split", "test", "which is among the test splits"),
         ("metric_for_best_model", "macro_f2", "not in the report of this system (did you mean 'macro_f1'?)"),
         ("metric_for_best_model", "f1_Calm", "not in the report of this system"),
+        ("data_seed", "-1", "data_seed is -1: it must be at least 0"),
+        ("weight_decay", "-1", "weight_decay is -1.0: it must be at least 0"),
+        ("save_steps", "0", "save_steps is 0"),
+        (
+            "train_sampling_strategy",
+            "by_length",
+            "is 'by_length', which is none; choose 'random' or 'group_by_length'",
+        ),
+        ("report_to", "wandbb", "report_to is 'wandbb'; choose of"),
+        ("lr_scheduler_kwargs", "{bogus: 1}", "lr_scheduler_type is linear, lr_scheduler_kwargs {'bogus': 1}: "),
+        ("lr_scheduler_type", "cosine_with_min_lr", "lr_scheduler_type is cosine_with_min_lr"),
+        ("resume_from_checkpoint", "nowhere/checkpoint-1", "Checkpoint nowhere/checkpoint-1 is not there"),
         ("max_seconds", "31", "tiny-whisper hears 30 s at most: set max_seconds to 30 or less"),
     ],
 )
@@ -71,6 +84,22 @@ def test_a_setting_that_bites_late_is_refused_before_the_corpus_is_read(
 ) -> None:
     monkeypatch.setattr("sailer.train.load_corpus", lambda *_, **__: pytest.fail("the corpus was read"))
     assert message in refused(**{option: value})
+
+
+def test_a_library_that_is_not_there_is_missed_first(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sailer.train.load_corpus", lambda *_, **__: pytest.fail("the corpus was read"))
+    monkeypatch.setattr("sailer.training.checks.get_available_reporting_integrations", list)
+    assert "report_to is 'wandb', which is not installed: pip install wandb" in refused(report_to="wandb")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        assert "optim is adamw_bnb_8bit: You need to install `bitsandbytes`" in refused(optim="adamw_bnb_8bit")
+
+
+def test_a_base_models_heads_say_which_metrics_there_are(refused, tiny_sailer: Path) -> None:
+    """With all heads, `ccc` is in its report; the recipe's own heads do not count."""
+    base = {"base_model": str(tiny_sailer), "audio_backbone": "null", "labels": "null", "text_dropout": "0"}
+    error = refused(**base, metric_for_best_model="macro_f2")
+    assert "not in the report of this system (did you mean 'macro_f1'?)" in error and " ccc, " in error
+    assert "which the clips of 'validation' do not define" in refused(**base, metric_for_best_model="ccc")
 
 
 def test_a_metric_that_the_validation_clips_do_not_define_is_refused(refused) -> None:

@@ -225,6 +225,7 @@ def test_numbers_are_converted_where_nothing_is_lost() -> None:
         (MINIMAL | {"heads": ["sex", "sex"]}, "name each wanted head once"),
         (MINIMAL | {"heads": []}, "name each wanted head once"),
         (MINIMAL | {"cache_features": "memory", "freeze_audio": False}, "only a frozen encoder's states"),
+        (MINIMAL | {"gradient_checkpointing": True}, "is true but every backbone is frozen, where it saves nothing"),
         (MINIMAL | {"cache_features": "memory", "torch_compile": True}, "do not run in training. Leave one of"),
         (MINIMAL | {"trainable_audio_layers": 2}, "freeze_audio is true: set it to false"),
         (MINIMAL | {"backbone_learning_rate": 1e-5}, "every backbone is frozen"),

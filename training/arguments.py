@@ -145,10 +145,12 @@ class SailerTrainingArguments(TrainingArguments):
 
             name = self.metric_for_best_model.removeprefix("eval_")
             self.greater_is_better = greater_is_better(name) and not name.startswith("loss")
-        if self.train_sampling_strategy == "sequential":
+        if self.train_sampling_strategy not in ("random", "group_by_length"):
+            in_order = self.train_sampling_strategy == "sequential"
+            reason = ": every epoch would train in the corpus' order" if in_order else ", which is none"
             raise ValueError(
-                "train_sampling_strategy is 'sequential': every epoch would train in the corpus' order; choose "
-                "'random' or 'group_by_length'."
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}{reason}; choose 'random' or "
+                "'group_by_length'."
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else the processes would not find each other, and each train a system of its own

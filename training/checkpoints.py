@@ -135,11 +135,7 @@ def point_to_resume_from(
     if not wanted:
         return None
     if wanted is not True:
-        if damage := damage_of(Path(wanted)):
-            raise CheckpointError(
-                f"Checkpoint {wanted} {damage}. Name a whole one, or set resume_from_checkpoint to true: the newest "
-                "whole one below output_dir is then found."
-            )
+        check_whole(Path(wanted))
         _check_of_this_run(Path(wanted), identity, frozen)
         return Path(wanted)
     for folder in _newest_first(Path(output_dir)):
@@ -150,6 +146,19 @@ def point_to_resume_from(
         return folder
     logger.warning("No whole checkpoint is in %s: the run starts afresh.", output_dir)
     return None
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a checkpoint that was named and is not whole.
+
+    Raises:
+        CheckpointError: with what is wrong with it.
+    """
+    if damage := damage_of(folder):
+        raise CheckpointError(
+            f"Checkpoint {folder} {damage}. Name a whole one, or set resume_from_checkpoint to true: the newest whole "
+            "one below output_dir is then found."
+        )
 
 
 def damage_of(folder: Path) -> str | None:

@@ -13,16 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, SchedulerType, Trainer, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
 
 from sailer.adapters_sailer import checked_lora
-from sailer.configuration_sailer import SEX_LABELS
+from sailer.configuration_sailer import SEX_LABELS, SailerConfig
 from sailer.data.corpora import about_corpus
 from sailer.data.labels import distribution
 from sailer.data.schema import ATTRIBUTES, SECONDARY_LABELS, CorpusError, LabelSet
 from sailer.hub.origins import LICENSES
 from sailer.settings import LORA_OPTIONS, DataSettings, ModelSettings, Settings, SettingsError
-from sailer.training.checkpoints import digest_of_rows
+from sailer.training.checkpoints import check_whole, digest_of_rows
 from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
 from sailer.training.mixup import UNPOOLED
 from sailer.training.tiny_backbones import TINY
@@ -30,6 +34,7 @@ from sailer.training.tiny_backbones import TINY
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
+    from sailer.training.arguments import SailerTrainingArguments
     from sailer.training.watch import Watch
 
 # The least value of each option that is a number of something, and whether it may be that value.
@@ -45,6 +50,10 @@ LEAST: dict[str, tuple[float, bool]] = {
     "per_device_eval_batch_size": (1, True),
     "dataloader_num_workers": (0, True),
     "learning_rate": (0, False),
+    "weight_decay": (0, True),
+    "data_seed": (0, True),
+    "save_steps": (0, False),
+    "eval_steps": (0, False),
 }
 
 
@@ -79,6 +88,11 @@ def check_settings(settings: Settings) -> None:
         raise SettingsError(
             f"torch_compile is true but cache_features is {data.cache_features!r}: the encoders, whose layers are "
             "compiled, do not run in training. Leave one of them out."
+        )
+    if training.gradient_checkpointing and frozen and not model.base_model:
+        raise SettingsError(
+            "gradient_checkpointing is true but every backbone is frozen, where it saves nothing: set freeze_audio "
+            "(or freeze_text) to false, or leave it out."
         )
     trains_text = model.base_model or (model.text_backbone and not model.freeze_text)
     if training.neftune_noise_alpha and not trains_text:
@@ -138,8 +152,10 @@ def check_before_reading(settings: Settings, label_set: LabelSet, output_dir: Pa
         output_dir: where the finished system goes.
 
     Raises:
-        SettingsError: a metric that no report has; clips longer than the speech encoder hears; a README in the output
-            folder that no run wrote. The message says what to do.
+        SettingsError: a metric that no report has; a tracker or an optimizer whose library is not there; clips longer
+            than the speech encoder hears; a README in the output folder that no run wrote. The message says what to
+            do.
+        CheckpointError: a checkpoint to go on from that is not whole.
     """
     card, recipe = output_dir / "README.md", output_dir / "recipe.yaml"
     if output_dir.exists() and not output_dir.is_dir():
@@ -149,9 +165,12 @@ def check_before_reading(settings: Settings, label_set: LabelSet, output_dir: Pa
             f"{card} is none that a run wrote (there is no recipe.yaml beside it), and the model card would take its "
             "place: move it, or choose another output_dir."
         )
-    if settings.training.metric_for_best_model is not None and not settings.model.base_model:
-        known = _report(_every_target(settings.model.heads, label_set), settings.model.heads, label_set)
-        _check_metric_name(settings, known)
+    heads = _heads(settings.model)
+    if settings.training.metric_for_best_model is not None and heads is not None:
+        _check_metric_name(settings, _report(_every_target(heads, label_set), heads, label_set))
+    _check_tools(settings.training)
+    if isinstance(settings.training.resume_from_checkpoint, str):
+        check_whole(Path(settings.training.resume_from_checkpoint))
     _check_max_seconds(settings)
     if settings.objective.teacher is not None:
         from sailer.training.teaching import check_teacher
@@ -166,12 +185,12 @@ def check_corpus(settings: Settings, label_set: LabelSet, corpus: DatasetDict) -
         CorpusError: no training clip has what the objective learns from.
         SettingsError: the validation split does not define `metric_for_best_model`.
     """
-    data, heads = settings.data, settings.model.heads
+    data, heads = settings.data, _heads(settings.model)
     rows = corpus[data.train_split].select_columns(["votes", "label"]).with_format("numpy")[:]
     objective = settings.objective
     is_taught = objective.objective == "distil"
     needs_votes = objective.objective != "ce" and not (is_taught and objective.distil_weight == 1)
-    if needs_votes and "primary" in heads and not np.any(rows["votes"]):
+    if needs_votes and "primary" in (heads or ()) and not np.any(rows["votes"]):
         way = ", but they have labels: set objective to ce." if (rows["label"] >= 0).any() else ", nor a label."
         way = ": set distil_weight to 1, to learn from the teacher alone." if is_taught else way
         raise CorpusError(
@@ -179,7 +198,7 @@ def check_corpus(settings: Settings, label_set: LabelSet, corpus: DatasetDict) -
             f"learns from{way}"
         )
     name = settings.training.metric_for_best_model
-    if name is None or settings.model.base_model:
+    if name is None or heads is None:
         return
     report = _report(_targets(corpus[data.validation_split], heads), heads, label_set)
     _check_metric_name(settings, report)
@@ -303,6 +322,39 @@ def _check_metric_name(settings: Settings, known: Mapping[str, float]) -> None:
             + (f" (did you mean {near[0]!r}?)" if near else "")
             + f"; it has {', '.join(known)}."
         )
+
+
+def _check_tools(training: SailerTrainingArguments) -> None:
+    """Refuse trackers, optimizers and schedules that cannot be made: else all clips would be read before that."""
+    there = get_available_reporting_integrations()
+    for name in training.report_to or []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise SettingsError(f"report_to is {name!r}; choose of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}.")
+        if name not in there:
+            raise SettingsError(f"report_to is {name!r}, which is not installed: pip install {name}, or leave it out.")
+    any_model: Any = torch.nn.Linear(1, 1)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training, any_model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise SettingsError(f"optim is {OptimizerNames(training.optim).value}: {error}") from error
+    schedule: Any = training.lr_scheduler_type
+    options: Any = training.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)]), 0, 1, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(
+            f"lr_scheduler_type is {SchedulerType(schedule).value}, lr_scheduler_kwargs {options}: {error}"
+        ) from error
+
+
+def _heads(model: ModelSettings) -> list[str] | None:
+    """Of the system that will be trained; None of a base model that cannot be read, which is told where it is."""
+    if not model.base_model:
+        return model.heads
+    try:
+        return SailerConfig.from_pretrained(model.base_model).heads
+    except (OSError, ValueError):
+        return None
 
 
 def _check_max_seconds(settings: Settings) -> None:
