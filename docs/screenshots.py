@@ -21,8 +21,10 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from sailer.inference.page import PageSettings, served
-from sailer.inference.page_parts.examples import make_examples
+from sailer.inference.page_parts.examples import EXAMPLES, make_examples
 
+CLIP = "broken promise"  # of the page's examples
+SPOKEN = [("Neutral", 0), ("Happy", 2), ("Surprise", 3), ("Fear", 1), ("Disgust", 2), ("Happy", 4)]  # in its voice
 LARGEST = 300_000  # bytes of a picture
 FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 PATIENCE_MS = 120_000
@@ -39,26 +41,29 @@ def main() -> int:
     if program is None:
         sys.exit("no Chromium here (Debian: apt-get install chromium)")
     with tempfile.TemporaryDirectory() as place, sync_playwright() as playwright:
-        clips = sorted(make_examples(Path(place)))
+        clip = Path(place, f"{CLIP}.wav")
+        make_examples(Path(place), {clip.name: EXAMPLES[clip.name]})
+        voice = EXAMPLES[clip.name][0]
+        recordings = [*make_examples(Path(place), {f"{said} {n}.wav": (voice, [(said, n)]) for said, n in SPOKEN})]
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         folder = arguments.output_dir
         with served(PageSettings([arguments.model], port=0)) as address:
             with visited(browser, address, "light") as page:
-                judge(page, clips[1])
+                judge(page, clip)
                 keep(page, folder / "page_light.webp")
             with visited(browser, address, "dark") as page:
-                judge(page, clips[1])
+                judge(page, clip)
                 keep(page, folder / "page_dark.webp")
             with visited(browser, address, "light", width=390) as page:
-                judge(page, clips[1])
+                judge(page, clip)
                 keep(page, folder / "page_narrow.webp")
             with visited(browser, address, "light") as page:
-                adapt(page, [clips[0], clips[2], clips[3]], clips[1])
+                adapt(page, recordings, clip)
                 keep(page, folder / "page_speaker.webp")
         if arguments.second is not None:
             both = PageSettings([arguments.model, arguments.second], port=0)
             with served(both) as address, visited(browser, address, "light") as page:
-                judge(page, clips[1])
+                judge(page, clip)
                 keep(page, folder / "page_two.webp")
         browser.close()
     return 0

@@ -142,6 +142,7 @@ def test_commands_and_options_in_the_text_are_known(page: str, options: set[str]
     known |= {"output_dir", "transcriber", "options", "clips"}  # of `sailer data`, and of benchmarks/inference.py
     known |= {"recipes", "allow_missing", "allow_shared_speakers"}  # of benchmarks/emobox.py
     known |= {"device", "tiny", "steps", "only", "profile"}  # of benchmarks/gpu.py
+    known |= {"strangers"}  # of benchmarks/page.py
     known |= {"option"}  # any
     for span in code_spans(page):
         if span.startswith("sailer "):

@@ -400,8 +400,12 @@ def test_two_systems_stand_side_by_side_with_what_differs(
     visit, system, tiny_speech_sailer, recordings, browser, tmp_path
 ) -> None:
     models = [system, tiny_speech_sailer]
-    with running_page(*models, cwd=tmp_path) as (address, _):
+    with running_page(*models, "--max_megabytes", "1", cwd=tmp_path) as (address, _):
         page = visit(address)
+        soundfile.write(tmp_path / "large.wav", noise(40.0), RATE)  # 1.28 MB
+        page.locator("input[type=file]").first.set_input_files(tmp_path / "large.wav")
+        page.get_by_text("maximum allowed size").first.wait_for()
+        page.reload()
         upload(page, recordings / "six seconds.wav")
         sections = page.locator(".sailer-system")
         assert sections.count() == 2

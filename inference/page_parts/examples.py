@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from sailer.data.synthetic.espeak import Voice, espeak
 
 PAUSE_S = 0.3
 # File name -> the voice, and the (emotion, number of its sentence) that it goes through.
-EXAMPLES = {
+EXAMPLES: dict[str, tuple[Voice, Sequence[tuple[str, int]]]] = {
     "good news.wav": (Voice(sex="female", pitch=165), (("Neutral", 0), ("Surprise", 1), ("Happy", 5))),
     "broken promise.wav": (Voice(sex="male", pitch=95), (("Sad", 1), ("Angry", 3), ("Angry", 4))),
     "at night.wav": (Voice("en-gb-x-rp", "female", 150), (("Fear", 2), ("Fear", 3), ("Neutral", 2))),
@@ -20,8 +21,14 @@ EXAMPLES = {
 }
 
 
-def make_examples(folder: Path) -> dict[Path, str]:
+def make_examples(
+    folder: Path, clips: Mapping[str, tuple[Voice, Sequence[tuple[str, int]]]] = EXAMPLES
+) -> dict[Path, str]:
     """Write the example clips, 16-bit WAV files of some seconds; their files, and what is said in each.
+
+    Args:
+        folder: where they are written.
+        clips: what is spoken, in the form of `EXAMPLES`.
 
     Raises:
         ImportError: there is no eSpeak NG (the message names the extra).
@@ -29,7 +36,7 @@ def make_examples(folder: Path) -> dict[Path, str]:
     synthesizer = espeak()
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for name, (voice, course) in EXAMPLES.items():
+    for name, (voice, course) in clips.items():
         pieces, said = [], []
         for emotion_name, sentence in course:
             emotion = EMOTIONS[emotion_name]
