@@ -156,7 +156,7 @@ class Archive:
         if self.folder.exists() and not told.is_file() and any(self.folder.glob("[!.]*")):
             raise PredictionError(f"{self.folder} holds other files: choose another --output.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if told.is_file():
+        if told.is_file() and any(self.folder.glob("*.parquet")):  # one that left no part stands in nobody's way
             try:
                 theirs = dict(json.loads(told.read_bytes()))
             except (ValueError, TypeError) as error:

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 EMBEDDING_SUFFIXES = (".safetensors", ".npz", ".parquet")
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:/")  # of a store; a Windows drive has one letter
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -96,6 +98,12 @@ def main(command: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(PredictionSettings)]
     if command.speaker_from is None:
         given["file_list"] = None  # it chooses the recordings, and says nothing of how they are judged
+    for name in ("output", "embeddings"):
+        if ADDRESS.match(str(given[name])):
+            raise PredictionError(
+                f"--{name} {given[name]} is an address: results are written to folders; copy them from there, or "
+                "mount the store."
+            )
     settings = PredictionSettings(**{name: given[name] for name in names if name in given})
     options = inspect.signature(predict).parameters
     if command.submission == "categorical" and settings.min_confidence > 0:

@@ -122,6 +122,18 @@ def test_a_run_that_was_stopped_goes_on_with_its_parts(
     assert predict_archive(settings, [str(clips)], output, part_size=3) == 1 and encoded == []
 
 
+def test_a_run_that_left_no_part_does_not_stand_in_the_way(
+    settings: PredictionSettings, clips: Path, tmp_path: Path
+) -> None:
+    """Its settings may be what it failed over: they are not those of anything that is there."""
+    output, given = tmp_path / "out.parquet", [str(clips / "clip0.wav")]
+    with pytest.raises(PredictionError, match="torch cannot use here"):
+        predict_archive(settings, given, output, part_size=3, device="nosuch")
+    assert (tmp_path / "out.parquet.parts").is_dir()
+    assert predict_archive(settings, given, output, part_size=4) == 0
+    assert pq.read_table(output).num_rows == 1
+
+
 def test_parts_and_results_of_another_run_are_refused(
     settings: PredictionSettings, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,6 +260,9 @@ def test_sources_that_are_not_there_or_hold_no_audio(
         (["--embeddings", "e.parquet"], {}, "beside a Parquet output alone"),
         (["--output", "o.parquet", "--submission", "categorical"], {}, "made of a CSV"),
         (["--output", "o.parquet", "--part_size", "0"], {}, "at least one recording"),
+        (["--output", "s3://bucket/o.parquet"], {}, r"--output s3:/bucket/o\.parquet is an address"),
+        (["--output", "file:///tmp/o.csv"], {}, "--output file:/tmp/o.csv is an address: .* copy them from there"),
+        (["--output", "o.parquet", "--embeddings", "gs://b/e.parquet"], {}, "--embeddings gs:/b/e.parquet is an add"),
     ],
 )
 def test_options_that_do_not_go_together(
