@@ -255,7 +255,8 @@ def evaluate(job: Job, trainer: SailerTrainer) -> Evaluation:
 
 def fit_baseline(job: Job) -> SailerTrainer:
     """The same system trained afresh on shuffled labels: what chance gives."""
-    print("\nBaseline: the same system trained on shuffled labels")
+    if job.settings.training.process_index == 0:
+        print("\nBaseline: the same system trained on shuffled labels")
     assert job.shuffled is not None
     # In a place of its own: it must neither go on from the system's checkpoints nor replace them.
     training = copy.copy(job.settings.training)

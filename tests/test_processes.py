@@ -84,11 +84,11 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def start(rank: int, port: str, command: list[str]) -> subprocess.Popen:
-    """One of two processes on one machine, as a scheduler starts it."""
+def start(rank: int, port: str, command: list[str], **more: str) -> subprocess.Popen:
+    """One of two processes on one machine, as a scheduler starts it, with more in its environment."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1}
-    environment = os.environ | {name: str(value) for name, value in place.items()}
+    environment = os.environ | {name: str(value) for name, value in place.items()} | more
     return subprocess.Popen(
         [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -120,10 +120,15 @@ def test_torchrun_without_a_gpu_trains_one_system_and_reads_the_corpus_once(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["keeping", "training"])
-def test_when_a_process_is_killed_the_other_ends_within_a_minute_and_names_it(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "launcher"),
+    [("keeping", {}), ("training", {}), ("training", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})],
+)
+def test_when_a_process_is_killed_the_other_ends_within_a_minute_and_names_it(
+    tmp_path: Path, where: str, launcher: dict[str, str]
+) -> None:
     port, kept = free_port(), KEPT if where == "keeping" else {}
-    processes = [start(rank, port, train_command(tmp_path, where, **kept)) for rank in range(2)]
+    processes = [start(rank, port, train_command(tmp_path, where, **kept), **launcher) for rank in range(2)]
     end = time.monotonic() + 300
     while not (tmp_path / "died").exists():
         assert time.monotonic() < end and processes[0].poll() is None, processes[0].communicate()[0][-3000:]
