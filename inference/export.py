@@ -111,6 +111,8 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
         raise ExportError(f"format is {format!r}; choose one of {list(FORMATS)}.")
     if precision not in FILES:
         raise ExportError(f"precision is {precision!r}; choose one of {list(FILES)}.")
+    if (Path(model) / MANIFEST).is_file():
+        raise ExportError(f"{model} was exported already: name the trained folder that it was made of.")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)
     folder = Path(folder)

@@ -169,6 +169,12 @@ def test_an_export_of_other_weights_takes_the_place_of_the_earlier_one(tiny_whis
     assert sorted(file.name for file in folder.glob("*.onnx")) == ["model_int8.onnx"]
 
 
+def test_an_export_is_not_exported_once_more(manifest: Callable[..., Path], tmp_path: Path, capsys) -> None:
+    assert main(["export", str(manifest()), str(tmp_path / "again")]) != 0
+    assert f"{tmp_path / 'exported'} was exported already: name the trained folder" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tiny_speech_sailer: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     (tmp_path / "notes.txt").write_text("mine")
