@@ -22,7 +22,7 @@ def write_long_clips(clips: list[Path], folder: Path, number: int) -> list[Path]
     """Clips of exactly 15 s, of short ones in a row."""
     import soundfile
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     paths = [folder / f"{index}.flac" for index in range(number)]
     for index, path in enumerate(paths):
         parts = [soundfile.read(clips[(index * 5 + part) % len(clips)])[0] for part in range(8)]
