@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
@@ -106,11 +108,13 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
         ExportError: a system that cannot be exported, a folder that holds something else, or a file that does not
             give what torch gives.
         ImportError: the extra `onnx` is not installed.
+        FileNotFoundError: no such folder.
     """
     if format not in FORMATS:
         raise ExportError(f"format is {format!r}; choose one of {list(FORMATS)}.")
     if precision not in FILES:
         raise ExportError(f"precision is {precision!r}; choose one of {list(FILES)}.")
+    check_place(model)
     if (Path(model) / MANIFEST).is_file():
         raise ExportError(f"{model} was exported already: name the trained folder that it was made of.")
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -153,6 +157,15 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
     for name, difference in checks.items():
         print(f"  {name:16} {difference:.1e}")
     return folder
+
+
+def check_place(source: str | os.PathLike) -> None:
+    """Raises FileNotFoundError where a system is looked for at what is neither a folder nor in the form of a Hub id."""
+    if not os.path.isdir(source):
+        try:
+            validate_repo_id(os.fspath(source))
+        except HFValidationError:
+            raise FileNotFoundError(f"{source} is neither a folder nor a Hub id (owner/name).") from None
 
 
 def system_class(source: str | os.PathLike, **located: Any) -> Any:

@@ -21,7 +21,7 @@ from sailer.inference.backends import onnx, openvino
 from sailer.inference.backends.base import BackendError
 from sailer.inference.backends.torch import PRECISIONS as TORCH_PRECISIONS
 from sailer.inference.backends.torch import load_torch
-from sailer.inference.export import export, read_manifest
+from sailer.inference.export import check_place, export, read_manifest
 from sailer.pipeline_sailer import SpeechEmotionPipeline
 from sailer.processing_sailer import SailerProcessor
 
@@ -87,6 +87,7 @@ def load(
         _check_installed(backend)
         options = _on_cpu(backend, options)
     source = str(model)
+    check_place(source)
     places = {"revision": revision, "token": token}
     located: dict[str, Any] = {name: value for name, value in places.items() if value is not None}
     cache = cache_folder(cache_dir)

@@ -19,6 +19,7 @@ from sailer.training.tiny_backbones import make_tiny_wavlm
 from .sounds import noise
 
 HEADS = ["primary", "secondary", "attributes", "sex", "age"]
+CLIP = Path(sailer.__file__).parent / "data" / "clip.wav"
 OUTPUTS = ["logits", "secondary_logits", "attributes", "sex_logits", "age", "embeddings"]
 
 
@@ -173,6 +174,14 @@ def test_an_export_is_not_exported_once_more(manifest: Callable[..., Path], tmp_
     assert main(["export", str(manifest()), str(tmp_path / "again")]) != 0
     assert f"{tmp_path / 'exported'} was exported already: name the trained folder" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "predict", "listen"])
+def test_a_system_that_is_not_there(command: str, tmp_path: Path, capsys) -> None:
+    place = tmp_path / "outputs" / "misspelt"
+    other = tmp_path / "new" if command == "export" else CLIP
+    assert main([command, str(place), str(other)]) == 2
+    assert f"error: {place} is neither a folder nor a Hub id" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tiny_speech_sailer: Path, tmp_path: Path) -> None:
