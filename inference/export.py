@@ -160,7 +160,7 @@ def export(model: str | Path, folder: str | Path, precision: str = "float32", fo
 
 
 def check_place(source: str | os.PathLike) -> None:
-    """Raises FileNotFoundError where a system is looked for at what is neither a folder nor in the form of a Hub id."""
+    """Raises FileNotFoundError for a system's place that is neither a folder nor in the form of a Hub id."""
     if not os.path.isdir(source):
         try:
             validate_repo_id(os.fspath(source))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer
 
@@ -19,7 +20,6 @@ from sailer.training.tiny_backbones import make_tiny_wavlm
 from .sounds import noise
 
 HEADS = ["primary", "secondary", "attributes", "sex", "age"]
-CLIP = Path(sailer.__file__).parent / "data" / "clip.wav"
 OUTPUTS = ["logits", "secondary_logits", "attributes", "sex_logits", "age", "embeddings"]
 
 
@@ -179,7 +179,9 @@ def test_an_export_is_not_exported_once_more(manifest: Callable[..., Path], tmp_
 @pytest.mark.parametrize("command", ["export", "predict", "listen"])
 def test_a_system_that_is_not_there(command: str, tmp_path: Path, capsys) -> None:
     place = tmp_path / "outputs" / "misspelt"
-    other = tmp_path / "new" if command == "export" else CLIP
+    other = tmp_path / ("new" if command == "export" else "clip.wav")
+    if command != "export":
+        soundfile.write(other, noise(0.5), 16000)
     assert main([command, str(place), str(other)]) == 2
     assert f"error: {place} is neither a folder nor a Hub id" in capsys.readouterr().err
 
