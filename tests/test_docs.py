@@ -143,6 +143,7 @@ def test_commands_and_options_in_the_text_are_known(page: str, options: set[str]
     known |= {"recipes", "allow_missing", "allow_shared_speakers"}  # of benchmarks/emobox.py
     known |= {"device", "tiny", "steps", "only", "profile"}  # of benchmarks/gpu.py
     known |= {"strangers"}  # of benchmarks/page.py
+    known |= {"parts", "padded"}  # of benchmarks/ablation.py and benchmarks/training.py
     known |= {"option"}  # any
     for span in code_spans(page):
         if span.startswith("sailer "):
