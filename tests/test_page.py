@@ -199,7 +199,7 @@ def test_visitors_through_the_api(tiny_speech_sailer: Path, clip: Path, tmp_path
     place = tmp_path / "page"
     place.mkdir()
     with running_page(tiny_speech_sailer, "--max_megabytes", "1", cwd=place) as (address, process):
-        client = Client(address, verbose=False)
+        client = Client(address, verbose=False, httpx_kwargs={"timeout": 120})
         jobs = [client.submit(handle_file(file), "balanced", api_name="/analyse") for file in files]
         for file, job in zip(files, jobs, strict=True):
             result = job.result(timeout=120)

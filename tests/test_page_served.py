@@ -63,7 +63,7 @@ def test_a_transcriber_says_what_is_said_where_nobody_types_it(
     heard = classifier(str(clip), transcriber=str(recognizer), return_all=True)
     assert heard["transcript"]
     with running_page(tiny_sailer, "--transcriber", recognizer, cwd=tmp_path) as (address, _):
-        client = gradio_client.Client(address, verbose=False)
+        client = gradio_client.Client(address, verbose=False, httpx_kwargs={"timeout": 120})
         shown, said = analysed(client, clip, "")
         assert said == heard["transcript"] and f"<blockquote>{said}</blockquote>" in shown
         assert bars(shown) == rounded(heard) and "only trained with transcripts" not in shown
@@ -81,7 +81,7 @@ def test_an_exported_system_is_shown_by_its_own_runtime(tiny_speech_sailer: Path
     assert main(["export", str(tiny_speech_sailer), str(exported)]) == 0
     expected = sailer.load(exported, "onnx")(str(clip), return_all=True)
     with running_page(exported, "--backend", "onnx", cwd=tmp_path) as (address, _):
-        client = gradio_client.Client(address, verbose=False)
+        client = gradio_client.Client(address, verbose=False, httpx_kwargs={"timeout": 120})
         assert bars(analysed(client, clip)[0]) == rounded(expected)
         # It is that runtime indeed: in torch there would be nothing against a single system.
         assert "a single system in torch can" in str(client.config)

@@ -130,7 +130,9 @@ def test_visitors_at_once_hear_their_own_speaker(voiced: Path, uploads: Path, sy
             [handle_file(uploads / f"{n}.wav") for n in course[0]],
             handle_file(uploads / f"{course[1]}.wav"),
         )
-        return Client(address, verbose=False).predict(others, clip, "balanced", api_name="/adapt")
+        return Client(address, verbose=False, httpx_kwargs={"timeout": 120}).predict(
+            others, clip, "balanced", api_name="/adapt"
+        )
 
     with running_page(voiced, cwd=tmp_path) as (address, _), ThreadPoolExecutor(4) as visitors:
         shown = list(visitors.map(lambda course: visit(address, course), courses))

@@ -91,7 +91,7 @@ def judged_by(command: list[str | Path], space: Path, temporary: Path) -> str:
         try:
             line = process.stdout.readline()
             assert line.startswith("The page is at http://127.0.0.1:"), (temporary / "log").read_text()[-2000:]
-            client = Client(line.split()[-1], verbose=False)
+            client = Client(line.split()[-1], verbose=False, httpx_kwargs={"timeout": 120})
             result = client.predict(handle_file(space / "examples" / "one.wav"), "balanced", api_name="/analyse")
             return next(str(part) for part in result if "sailer-results" in str(part))
         finally:
