@@ -10,9 +10,9 @@
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # a pipe to head may end this script by SIGPIPE
 launch=(torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" --rdzv_backend c10d
-    --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:${MASTER_PORT:-29500}")
+    --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "${nodes[0]}:${MASTER_PORT:-29500}")
 
 # SIGTERM comes to this script (B:) 120 s before the limit, and goes on to the run, which saves its state and ends. Only
 # then is the job queued again, which would kill the run at once. resume_from_checkpoint has it go on; from the first
