@@ -82,7 +82,8 @@ class _Backbone:
 # - wav2vec2-large-lv60's card names LibriSpeech; that it is Libri-Light is the paper's (torchaudio says so too);
 # - emotion2vec's cards call their license "model-license" and link to FunASR, whose MODEL_LICENSE it is. What
 #   emotion2vec_base heard is the paper's (https://arxiv.org/abs/2312.15185), of EmoBox's corpora its own list;
-# - of wav2vec2-xls-r-*, bert-* and hubert-base-ls960 the cards were not at hand: papers and memory.
+# - of wav2vec2-xls-r-*, bert-*, hubert-base-ls960, whisper-base and whisper-large-v2 the cards were not at hand, nor
+#   was the license of hubert-*-ls960-ft: papers, their sister models' cards and memory.
 _WHISPER_V3 = f"5 million hours of speech from the web {_WEB}"
 BACKBONES = (
     _Backbone("openai/whisper-large-v3-turbo", "mit", _WHISPER_V3, "whisper"),

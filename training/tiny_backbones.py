@@ -29,7 +29,7 @@ from sailer.encoders_emotion2vec import Emotion2VecConfig, Emotion2VecFeatureExt
 
 # Configurations of backbones that the recipes name, by the last part of their Hub id: what decides their shape, as the
 # published config.json has it (compared in November 2026; of HuBERT, wav2vec2 and w2v-BERT with that of systems
-# fine-tuned from them, which repeat it).
+# fine-tuned from them, which repeat it; those of Whisper and emotion2vec were not at hand).
 CONFIGURATIONS = Path(__file__).resolve().parents[1] / "backbone_configs"
 SPECIAL_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 DEFAULT_TEXTS = ("the quick brown fox jumps over the lazy dog", "i am so happy about this", "leave me alone")
