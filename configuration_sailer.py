@@ -41,10 +41,8 @@ AUTO_MAP = {
     "AutoProcessor": "processing_sailer.SailerProcessor",
 }
 # What whoever loads a saved system needs, as the package itself asks for it (setup.cfg).
-REQUIREMENTS = (
-    *("torch>=2.6", "transformers>=5.17,<6", "numpy>=2.0", "safetensors>=0.8"),
-    *("soundfile>=0.13", "soxr>=0.5"),
-)
+REQUIREMENTS: tuple[str, ...] = ("torch>=2.6", "transformers>=5.17,<6", "numpy>=2.0", "safetensors>=0.8")
+REQUIREMENTS += ("soundfile>=0.13", "soxr>=0.5")
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
 # Of a backbone's configuration, where it has them: whole numbers from 1.
 SIZES = (
