@@ -94,7 +94,7 @@ class Team:
         room = self._room(folder)
         room.mkdir(parents=True, exist_ok=True)
         own, stopped = room / f"{self.index}.alive", threading.Event()
-        own.write_text(f"{socket.gethostname()} {os.getpid()}")
+        self._write(own, f"{socket.gethostname()} {os.getpid()}")  # whole at once: others read it
 
         def beat() -> None:
             while not stopped.wait(BEAT_SECONDS):

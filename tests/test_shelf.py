@@ -140,6 +140,38 @@ def test_the_memory_of_runs_that_were_killed_is_freed(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"sailer-alive", "sailer-new"}
 
 
+@pytest.mark.parametrize("sign", ["half-written", "just removed"])
+def test_a_run_that_begins_or_ends_meanwhile_keeps_its_memory_and_stops_no_other(tmp_path, monkeypatch, sign):
+    monkeypatch.setattr(shelf_module, "SHARED_MEMORY", tmp_path)
+    alive = tmp_path / "sailer-other" / ".token" / "0.alive"
+    alive.parent.mkdir(parents=True)
+    if sign == "half-written":
+        alive.touch()
+    else:  # seen, and gone when it is read
+        alive.symlink_to("nowhere")
+    shelf_module.Shelf(None, torch.float16, Team(0, 2, "own"))
+    assert alive.parent.is_dir()
+
+
+def test_a_sign_of_life_is_there_whole(tmp_path):
+    team, path, seen = Team(0, 2, "token"), tmp_path / ".token" / "0.alive", set()
+    stopped = threading.Event()
+
+    def look() -> None:
+        while not stopped.is_set():
+            if path.exists():
+                seen.add(path.read_text())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(100):
+        with team.at_work(tmp_path):
+            pass
+    stopped.set()
+    looking.join()
+    assert len(seen) == 1 and seen.pop().endswith(f" {os.getpid()}")
+
+
 def test_shared_memory_is_not_sent_to_spawned_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(shelf_module, "SHARED_MEMORY", tmp_path)
     with pytest.raises(ValueError, match="set cache_features to disk"):

@@ -170,7 +170,10 @@ def _blake() -> Any:
 def _sweep(place: Path) -> None:
     """Free the memory of runs that were killed while they filled it."""
     for folder in place.glob("sailer-*"):
-        pids = [path.read_text().split()[-1] for path in folder.glob(".*/*.alive")]
+        try:
+            pids = [path.read_text().split()[-1] for path in folder.glob(".*/[0-9]*.alive")]
+        except (OSError, IndexError):  # a run that begins or ends just now
+            continue
         if pids and not any(map(runs, pids)):
             shutil.rmtree(folder, ignore_errors=True)
 
