@@ -139,7 +139,8 @@ def test_commands_and_options_in_the_text_are_known(page: str, options: set[str]
     subparsers = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     for added in subparsers.choices.values():
         known |= {option[2:] for action in added._actions for option in action.option_strings}
-    known |= {"output_dir", "transcriber", "options", "clips"}  # of `sailer data`, and of benchmarks/inference.py
+    known |= {"output_dir", "transcriber", "options"}  # of `sailer data`
+    known |= {"clips", "system"}  # of benchmarks/inference.py
     known |= {"recipes", "allow_missing", "allow_shared_speakers"}  # of benchmarks/emobox.py
     known |= {"device", "tiny", "steps", "only", "profile"}  # of benchmarks/gpu.py
     known |= {"strangers"}  # of benchmarks/page.py
