@@ -429,3 +429,4 @@ def test_two_systems_stand_side_by_side_with_what_differs(
         ours = list(csv.DictReader(download(page, "CSV", tmp_path).open(encoding="utf-8")))
         assert [row["model"] for row in ours] == [model.name for model in models]
         assert violations(page) == []
+        page.close()  # before its server ends, which would cut off what the page still listens to
