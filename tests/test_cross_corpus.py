@@ -82,6 +82,7 @@ def test_figures_are_of_decisions_among_the_classes() -> None:
     assert everything["accuracy"][0] == 0.25 and everything["clips"] == 4
 
 
+@pytest.mark.slow
 def test_the_table_over_three_corpora(folders: dict[str, Path], systems: list[Path], tmp_path: Path, capsys) -> None:
     places = [f"{name}={folder}" for name, folder in folders.items()]
     out = tmp_path / "across"

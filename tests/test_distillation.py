@@ -186,6 +186,7 @@ def test_a_mix_has_the_mean_of_its_clips_and_a_batch_the_targets(corpus: Path, t
     assert not np.allclose(moved["teacher"], said) and sorted(moved["teacher"]) == sorted(said.tolist())
 
 
+@pytest.mark.slow
 def test_a_student_comes_near_its_teacher(options: dict) -> None:
     """More of the teacher alone: closer to what it says than to the votes, which half of the clips do not have."""
     changes = {

@@ -64,6 +64,7 @@ def test_each_actor_of_ravdess_is_tested_by_one_fold(emobox):
     assert sorted(actor for fold in emobox.RAVDESS_FOLDS.values() for actor in fold) == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_absent_actors_are_said_and_every_system_has_a_row(emobox, arguments, tmp_path, capsys):
     emobox.main(arguments)
     printed = capsys.readouterr().out
@@ -85,6 +86,7 @@ def test_absent_actors_are_said_and_every_system_has_a_row(emobox, arguments, tm
     assert run["recipe"]["labels"] == list(emobox.RAVDESS_LABELS)
 
 
+@pytest.mark.slow
 def test_every_fold_shares_one_encoding_and_a_finished_run_is_read(emobox, arguments, tmp_path, monkeypatch, capsys):
     emobox.main([*arguments, "--no-baseline"])
     kept = sorted((tmp_path / "out" / "features").rglob("*"))

@@ -368,6 +368,7 @@ def test_members_that_do_not_fit_or_are_gone_are_named(systems: list[Path], tmp_
     assert sailer.SailerEnsemble is SailerEnsemble
 
 
+@pytest.mark.slow
 def test_members_stay_on_the_hub_where_they_are_kept_as_references(
     systems: list[Path], tmp_path: Path, hub, different_clips: list[np.ndarray]
 ) -> None:

@@ -133,6 +133,7 @@ def test_all_layers_of_a_waveform_encoder(tmp_path, corpus, layers, norm):
     assert_same_outputs(model, processor, store, list(corpus[1]))
 
 
+@pytest.mark.slow
 def test_whisper_on_real_speech(shared, whisper_base):
     recordings = sorted((shared / "corpora" / "ravdess").rglob("*.ogg"))[:40:8]
     seconds = [soundfile.info(path).duration for path in recordings]

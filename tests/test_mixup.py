@@ -132,6 +132,7 @@ def test_mixed_states_are_mixed_speech(make: Callable[..., SailerTrainer], rows:
     torch.testing.assert_close(itself.speech_means, alone, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_mixes_by_the_seed_and_evaluation_does_not(make: Callable[..., SailerTrainer], rows: Dataset) -> None:
     run, plain = make(state_mixup=0.4), make()
     batch = run.data_collator([rows[clip] for clip in range(4)])

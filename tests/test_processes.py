@@ -139,6 +139,7 @@ def test_when_a_process_is_killed_the_other_ends_within_a_minute_and_names_it(
     assert re.search(rf"error: Process 1 \(\S+, pid {processes[1].pid}\) died", printed), printed[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event", "last", "status", "told"),
     [

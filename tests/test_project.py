@@ -158,6 +158,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_each_hook_finds_its_fault_and_passes_what_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (local,) = load(".pre-commit-config.yaml")["repos"]
     assert local["repo"] == "local" and all(hook["entry"].startswith(".venv/bin/") for hook in local["hooks"])

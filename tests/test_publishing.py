@@ -204,6 +204,7 @@ def test_saving_and_pushing_at_once_leaves_nothing_out(tiny_sailer: Path, tmp_pa
     assert all(pushed[name] == content for name, content in files.items() if name != ".env")
 
 
+@pytest.mark.slow
 def test_a_pipeline_pushes_the_tokenizer_too(tiny_sailer: Path, tmp_path: Path, hub) -> None:
     from transformers import pipeline
 

@@ -101,6 +101,7 @@ def test_the_table_has_every_system_and_clip(reported: Path) -> None:
     assert table.loc[table["system"] == "ensemble", "arousal"].notna().all()
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_gives_the_same_report(
     reported: Path, corpus: Path, tiny_sailer: Path, tiny_speech_sailer: Path, tmp_path: Path
 ) -> None:

@@ -215,6 +215,7 @@ def test_workers_see_what_the_main_process_sees(rows, variants, workers):
     assert (heard(alone[0]) == heard(alone[2])) == (variants == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_two_processes_of_accelerate_share_an_epoch(rows, workers):
     dataset = planned(rows)

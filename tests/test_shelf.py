@@ -111,6 +111,7 @@ def test_machines_that_share_no_folder_are_told_of(tmp_path, monkeypatch):
         team.wait(tmp_path, "filled")
 
 
+@pytest.mark.slow
 def test_waiting_has_no_limit_where_there_are_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(team_module, "SILENCE_SECONDS", 0.3)
     monkeypatch.setattr(team_module, "BEAT_SECONDS", 0.05)

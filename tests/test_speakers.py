@@ -211,6 +211,7 @@ def test_exports_and_ensembles_are_refused_by_name(adapted, clips) -> None:
     adapted.model = model
 
 
+@pytest.mark.slow
 def test_a_training_run_keeps_the_mean_voice_of_its_speakers(tmp_path) -> None:
     from sailer.settings import resolve
     from sailer.train import fit, prepare

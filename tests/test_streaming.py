@@ -207,6 +207,7 @@ def test_what_has_a_head_is_smoothed(tiny_sailer: Path, recording) -> None:
 # For ever, again, and side by side
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(speech: SpeechEmotionPipeline) -> None:
     stream, block = EmotionStream(speech, 0.5, 0.5, top_k=1), noise(2)
     for _ in range(3):
