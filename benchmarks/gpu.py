@@ -283,10 +283,10 @@ class Bench:
     ) -> dict[str, Any]:
         """Clips a second, highest memory and share of the product's rate, all of the second time of each batch."""
         clips = sum(len(batch["attention_mask"]) for batch in batches)
-        first = sum(clocked(lambda: run(batch), self.device) for batch in batches)  # noqa: B023 - run at once
+        first = sum(clocked(partial(run, batch), self.device) for batch in batches)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = [clocked(lambda: run(batch), self.device) for batch in batches]  # noqa: B023
+        seconds = [clocked(partial(run, batch), self.device) for batch in batches]
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         busy = self.busy(name, run, batches[: max(4, len(batches) // 4)])
         flops = self.counted(run, batches) if flops is None else flops
@@ -313,7 +313,7 @@ class Bench:
         has_gpu = self.device.type == "cuda"
         if not has_gpu and self.arguments.profile is None:
             return None
-        seconds = sum(clocked(lambda: run(batch), self.device) for batch in batches)  # noqa: B023
+        seconds = sum(clocked(partial(run, batch), self.device) for batch in batches)
         kinds = [ProfilerActivity.CUDA] if has_gpu else []
         if self.arguments.profile is not None or not has_gpu:
             kinds.append(ProfilerActivity.CPU)

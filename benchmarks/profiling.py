@@ -9,20 +9,17 @@ oneDNN's float32 product alone at the same shapes, which `benchmarks/inference.p
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import soundfile
 import torch
 from parts.bounds import operations, product_rate
-from parts.clips import choose_clips
+from parts.clips import choose_clips, system_parser
 from torch.profiler import ProfilerActivity, profile
 
 import sailer
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 # What the runtimes call an operation begins with one of these, in this order.
 KINDS = {
     "attention": ("aten::_scaled_dot", "aten::scaled_dot", "aten::_flash", "ScaledDotProduct", "MatMul", "Softmax"),
@@ -36,11 +33,7 @@ KINDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trained = Path("outputs/ravdess_whisper_base_best")
-    parser.add_argument("model", nargs="?", type=Path, default=trained, metavar="MODEL", help="a trained folder")
-    parser.add_argument("--corpus", type=Path, default=SHARED / "corpora" / "ravdess", help="RAVDESS")
-    parser.add_argument("--clips", type=int, default=16)
+    parser = system_parser(__doc__, clips=16)
     parser.add_argument("--precision", default="float32")
     arguments = parser.parse_args()
     clips = [str(path) for path in choose_clips(arguments.corpus, arguments.clips)]

@@ -9,13 +9,11 @@ softmax deviate (root mean square, without the mean of a clip) and the largest d
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from parts.clips import choose_clips
+from parts.clips import choose_clips, system_parser
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,7 +21,6 @@ import sailer
 from sailer.encoders_sailer import transformer_layers
 from sailer.pipeline_sailer import SpeechEmotionPipeline
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 TENSORS = ("inputs", "weights", "outputs")
 
 
@@ -50,12 +47,7 @@ class Rounding(TorchFunctionMode):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    trained = Path("outputs/ravdess_whisper_base_best")
-    parser.add_argument("model", nargs="?", type=Path, default=trained, metavar="MODEL", help="a trained folder")
-    parser.add_argument("--corpus", type=Path, default=SHARED / "corpora" / "ravdess", help="RAVDESS")
-    parser.add_argument("--clips", type=int, default=32)
-    arguments = parser.parse_args()
+    arguments = system_parser(__doc__, clips=32).parse_args()
     clips = [str(path) for path in choose_clips(arguments.corpus, arguments.clips)]
     classifier = sailer.load(arguments.model, precision="float32", device="cpu", batch_size=8)
     encoder = classifier.model.sailer.audio_encoder

@@ -107,6 +107,12 @@ def sections(text: str) -> dict[str, str]:
     return {part.split("\n", 1)[0]: part for part in parts[1:]}
 
 
+def unfit_of(heard: str) -> list[str]:
+    """What a system must not be judged on, of the section that says what it has heard."""
+    lines = heard.split("Do not judge it on")[1].split("\n\n")[1].splitlines()
+    return [line.removeprefix("- ") for line in lines]
+
+
 def test_card_sections_hold_what_happened(facts: dict, tmp_path: Path) -> None:
     text = render_card(facts, tmp_path / "README.md").read_text()
     found = sections(text)
@@ -153,8 +159,8 @@ def test_the_card_says_what_was_heard_and_what_must_not_be_judged(facts: dict, t
     assert "| train | training | 1,202 | 2 and 3 clips of unknown ones | 2 |" in heard
     assert "| test | test | 5 | 2 | 1 |" in heard and "| test2 | nothing | 4 | 1 | 0 |" in heard
     assert "Speakers in training: a, b. `card.json` has those of every split." in heard
-    unfit = heard.split("Do not judge it on")[1].split("\n\n")[1].splitlines()
-    assert [line.split(":")[0].removeprefix("- ") for line in unfit] == [
+    unfit = unfit_of(heard)
+    assert [line.split(":")[0] for line in unfit] == [
         "any recording of the speakers in training, in whatever split, release or corpus it stands;",
         "recordings from where those 3 clips of train come from whose speakers are not known;",
         "validation of ravdess",
@@ -181,8 +187,8 @@ def test_an_ensemble_s_card_says_what_its_members_heard(facts: dict, tmp_path: P
     heard = sections(card)["What its members have heard"]
     assert "| one | ravdess | 1,202 | a, b |" in heard and "| two | crema_d | 9 | b, z |" in heard
     assert "| bare | not known | not known | not known |" in heard
-    unfit = heard.split("Do not judge it on")[1].split("\n\n")[1].splitlines()
-    assert [line.split(":")[0].removeprefix("- ") for line in unfit] == [
+    unfit = unfit_of(heard)
+    assert [line.split(":")[0] for line in unfit] == [
         "any recording of the speakers in training, in whatever split, release or corpus it stands;",
         "recordings from where those 3 clips of train come from whose speakers are not known;",
         "validation of ravdess",

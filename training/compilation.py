@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import output_capturing
 
 # Graphs of one kind of layer before torch goes on without more: a layer is frozen or not, the first or a later one
@@ -84,17 +85,14 @@ class LayerCompilation(TrainerCallback):
 
 
 def compilable_layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The repeated layers of a system's towers, but those with convolutions in them."""
+    """The transformer layers of a system's towers, but those with convolutions in them."""
     for name, tower in model.named_modules():
         if name.rpartition(".")[2] in ("audio_encoder", "text_encoder"):
-            yield from _repeated(tower)
+            for layer in repeated_layers(tower):
+                if not any(isinstance(part, nn.Conv1d | nn.Conv2d) for part in layer.modules()):
+                    yield layer
 
 
-def _repeated(module: nn.Module) -> Iterator[nn.Module]:
-    for child in module.children():
-        if not isinstance(child, nn.ModuleList):
-            yield from _repeated(child)
-            continue
-        for layer in child:
-            if not any(isinstance(part, nn.Conv1d | nn.Conv2d) for part in layer.modules()):
-                yield layer
+def repeated_layers(tower: nn.Module) -> list[nn.Module]:
+    """Those of a speech or text encoder, by the class that transformers gives to what is repeated."""
+    return [part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer)]

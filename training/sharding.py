@@ -22,13 +22,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from sailer.adapters_sailer import lora_of
 from sailer.encoders_sailer import masks_padding
 from sailer.training.arguments import SPLIT_WEIGHTS
 from sailer.training.checkpoints import OPTIMIZER, SCHEDULER, as_whole, is_split, split_like
+from sailer.training.compilation import repeated_layers
 
 logger = logging.get_logger(__name__)
 
@@ -135,9 +135,8 @@ def _split(whole: nn.Module, device: torch.device) -> Any:
             if getattr(holder, name, 0):
                 logger.warning("%s is off: under FSDP all processes have to run the same layers.", name)
                 setattr(holder, name, 0.0)
-        for layer in tower.modules():
-            trained = any(parameter.requires_grad for parameter in layer.parameters())
-            if isinstance(layer, GradientCheckpointingLayer) and trained:
+        for layer in repeated_layers(tower):
+            if any(parameter.requires_grad for parameter in layer.parameters()):
                 fully_shard(layer, mesh=mesh, ignored_params=frozen)
     return fully_shard(model, mesh=mesh, ignored_params=frozen)
 

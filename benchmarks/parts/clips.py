@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 
 RATE, SECONDS = 16000, 15
+RAVDESS = Path(__file__).resolve().parents[3] / "shared" / "corpora" / "ravdess"
+
+
+def system_parser(description: str | None, clips: int) -> argparse.ArgumentParser:
+    """For a benchmark of a trained system on so many clips of RAVDESS."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    trained = Path("outputs/ravdess_whisper_base_best")
+    parser.add_argument("model", nargs="?", type=Path, default=trained, metavar="MODEL", help="a trained folder")
+    parser.add_argument("--corpus", type=Path, default=RAVDESS, help="RAVDESS")
+    parser.add_argument("--clips", type=int, default=clips)
+    return parser
 
 
 def choose_clips(corpus: Path, number: int) -> list[Path]:

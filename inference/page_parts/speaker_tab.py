@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sailer.inference.page_parts import panels
 from sailer.inference.page_parts.judging import PageError, System, hear_file, read_limited
 from sailer.inference.page_parts.recording_tab import MODEL_QUEUE, checked_upload
@@ -168,16 +166,11 @@ def voice_of(
             read.append(row)
             yield {"array": recording.waveform, "sampling_rate": rate}
 
-    means: list[torch.Tensor] = []
-    said: list[torch.Tensor] = []
-    for place, clip in enumerate(system.classifier.encode(waveforms(), **system.options(settings.transcriber))):
-        if clip.error is None:
-            mean, probabilities = recording_means([clip])
-            means.append(mean)
-            said += [] if probabilities is None else [probabilities]
-        else:
-            read[place]["left out"] = clip.message
-    if not means:
+    clips = list(system.classifier.encode(waveforms(), **system.options(settings.transcriber)))
+    for row, clip in zip(read, clips, strict=True):
+        row["left out"] = "" if clip.error is None else clip.message
+    usable = [clip for clip in clips if clip.error is None]
+    if not usable:
         reasons = "; ".join(row["left out"] for row in rows)
         raise PageError(f"None of the recordings of the speaker can be used: {reasons}")
-    return reference.statistics(torch.cat(means), torch.cat(said) if said else None), rows
+    return reference.statistics(*recording_means(usable)), rows
