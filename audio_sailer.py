@@ -88,6 +88,30 @@ def load_audio(
     return recording.waveform
 
 
+def trim_silence(waveform: np.ndarray, sampling_rate: int, decibels: float) -> np.ndarray:
+    """A clip without the silence before and behind its speech, as `librosa.effects.trim` defines it: up to the first
+    and from the last moment at which the power, averaged over 128 ms, is less than `decibels` below its highest.
+
+    Args:
+        waveform: (samples,).
+        sampling_rate: in Hz.
+        decibels: positive; a lower number cuts more.
+
+    Returns:
+        A view of it, no shorter than `MINIMUM_SECONDS` where the clip is not; digital silence is left whole.
+    """
+    hop, window, samples = round(0.032 * sampling_rate), round(0.128 * sampling_rate), len(waveform)
+    energy = np.concatenate([[0.0], np.cumsum(np.square(waveform, dtype=np.float64))])
+    starts = np.arange(0, samples + 1, hop) - window // 2
+    power = energy[np.clip(starts + window, 0, samples)] - energy[np.clip(starts, 0, samples)]
+    loud = np.flatnonzero(power > power.max() * 10 ** (-decibels / 10))
+    if not len(loud):
+        return waveform
+    least = math.ceil(MINIMUM_SECONDS * sampling_rate)
+    end = min(max((loud[-1] + 1) * hop, loud[0] * hop + least), samples)
+    return waveform[max(min(loud[0] * hop, end - least), 0) : end]
+
+
 def read_audio(
     source: Any, sampling_rate: int = 16000, max_seconds: float | None = None, name: str | None = None
 ) -> Recording:

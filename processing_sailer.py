@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, BatchFeature, PretrainedConfig, ProcessorMixin, WhisperFeatureExtractor
 from transformers.utils import logging
 
-from .audio_sailer import MINIMUM_SECONDS, load_audio
+from .audio_sailer import MINIMUM_SECONDS, load_audio, trim_silence
 from .configuration_sailer import HUB_OPTIONS, load_member, load_part, place_of, take_push_options
 
 logger = logging.get_logger(__name__)
@@ -43,19 +43,30 @@ class SailerProcessor(ProcessorMixin):
         tokenizer: of the text backbone; `None` for a speech-only system.
         audio_padding: `"longest"` pads a batch to its longest clip. `"max_length"` cuts or pads every clip to the
             extractor's own length, as the authors' released models do (their configs set `attend_to_padding`).
+        trim_silence: in dB: silence before and behind a clip's speech, so much below its loudest moment, is not heard
+            (`audio_sailer.trim_silence`). `None` leaves it.
 
     Raises:
-        ValueError: unknown `audio_padding`.
+        ValueError: unknown `audio_padding`, or `trim_silence` is no number above 0.
     """
 
-    def __init__(self, feature_extractor: Any, tokenizer: Any = None, audio_padding: str = "longest") -> None:
+    def __init__(
+        self,
+        feature_extractor: Any,
+        tokenizer: Any = None,
+        audio_padding: str = "longest",
+        trim_silence: float | None = None,
+    ) -> None:
         if audio_padding not in AUDIO_PADDING:
             raise ValueError(f"audio_padding is {audio_padding!r}; choose one of {list(AUDIO_PADDING)}.")
+        if trim_silence is not None and not (_is_number(trim_silence) and 0 < trim_silence < math.inf):
+            raise ValueError(f"trim_silence is {trim_silence!r}; give decibels above 0, or None to leave silence.")
         super().__init__(feature_extractor)
         self.feature_extractor = copy.copy(feature_extractor)
         self.feature_extractor.return_attention_mask = True
         self.tokenizer = tokenizer
         self.audio_padding = audio_padding
+        self.trim_silence = trim_silence
 
     def __call__(
         self,
@@ -96,6 +107,7 @@ class SailerProcessor(ProcessorMixin):
         if audio is None:
             raise ValueError("No audio: pass audio=waveform or a list of waveforms.")
         clips, is_rate_known = self._waveforms(audio, sampling_rate)
+        clips = self._speech(clips)
         if self.makes_log_mel:
             data = self._log_mel_inputs(clips, is_rate_known, device)
         else:  # without a rate the extractor warns
@@ -201,7 +213,12 @@ class SailerProcessor(ProcessorMixin):
         if not self.makes_log_mel:
             raise ValueError(f"{type(self.feature_extractor).__name__} makes no log-mel: call the processor itself.")
         clips, is_rate_known = self._waveforms(audio, sampling_rate)
-        return self._padded(clips, is_rate_known)
+        return self._padded(self._speech(clips), is_rate_known)
+
+    def _speech(self, clips: list[np.ndarray]) -> list[np.ndarray]:
+        if self.trim_silence is None:
+            return clips
+        return [trim_silence(clip, self.sampling_rate, self.trim_silence) for clip in clips]
 
     @property
     def makes_log_mel(self) -> bool:
@@ -331,12 +348,11 @@ class SailerEnsembleProcessor(ProcessorMixin):
         self.hearing: list[SailerProcessor] = []
         self.reading: list[SailerProcessor] = []
         for member, processor in zip(self.members, self.processors, strict=True):
-            sound = json.dumps([processor.feature_extractor.to_dict(), processor.audio_padding], default=str)
+            hears = {"audio_padding": processor.audio_padding, "trim_silence": processor.trim_silence}
+            sound = json.dumps([processor.feature_extractor.to_dict(), hears], default=str)
             if sound not in sounds:
                 sounds.append(sound)
-                self.hearing.append(
-                    SailerProcessor(processor.feature_extractor, audio_padding=processor.audio_padding)
-                )
+                self.hearing.append(SailerProcessor(processor.feature_extractor, **hears))
             member |= {"audio_input": sounds.index(sound), "text_input": None}
             if processor.tokenizer is not None:
                 words = _tokenizer_key(processor.tokenizer)

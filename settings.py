@@ -48,8 +48,7 @@ class ModelSettings:
             "tiny-wav2vec2", "tiny-wav2vec2-bert" and "tiny-emotion2vec" are made locally, with random weights.
             Required unless `base_model` is given.
         text_backbone: Hub id or folder of the text encoder, "tiny-text", or null for a speech-only system.
-        audio_backbone_id, text_backbone_id: the Hub id of what a backbone's folder is a copy of, for the model card:
-            its license and pre-training follow from it.
+        audio_backbone_id, text_backbone_id: Hub id of what a backbone's folder copies, for the card: license, origin.
         base_model: SAILER checkpoint to start from; its architecture then stands in for everything else here.
         tiny: put the tiny backbone of the same family in the place of each backbone, all else being as it is: a trial
             of a recipe in minutes, whose figures say nothing.
@@ -60,8 +59,7 @@ class ModelSettings:
         frame_norm: batch-normalise the speech frames before the convolutions (not the paper's).
         heads: outputs to train, of "primary", "secondary", "attributes", "sex", "age".
         freeze_audio, freeze_text: leave that tower as it was loaded.
-        trainable_audio_layers: of a speech encoder that is not frozen, train only so many layers, counted from its
-            output; null trains all of it.
+        trainable_audio_layers: of a speech encoder that is not frozen, so many layers, from its output; null for all.
         audio_lora_rank, text_lora_rank: train LoRA of this rank in that tower, which stays frozen; null for none.
         audio_lora_targets, text_lora_targets: what gets LoRA: "feed_forward" (the default), "attention", or how the
             names of linear layers end.
@@ -70,8 +68,9 @@ class ModelSettings:
         lora_dropout: dropout before LoRA's first matrix.
         use_dora: train the length of each column apart from its direction (https://arxiv.org/abs/2402.09353).
         use_rslora: divide by the root of the rank instead, for high ranks (https://arxiv.org/abs/2312.03732).
-        save_merged: save a system with LoRA whole, and its adapters in a folder in it; false saves adapters alone.
+        save_merged: save a system with LoRA whole, its adapters in a folder in it; false saves adapters alone.
         max_seconds: longest audio that is heard; the rest is cut in training.
+        trim_silence: in dB: do not hear silence around the speech, so much below the loudest; null hears it.
         attn_implementation: attention kernel as transformers names them; null lets transformers choose.
 
     Raises:
@@ -105,6 +104,7 @@ class ModelSettings:
     use_rslora: bool = False
     save_merged: bool = True
     max_seconds: float = 15.0
+    trim_silence: float | None = None
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class ModelSettings:
     def config_options(self) -> dict[str, Any]:
         """Options for `from_audio_text_pretrained`, without the backbones."""
         skipped = {"audio_backbone", "text_backbone", "base_model", "tiny", *LORA_OPTIONS}
-        skipped |= {"audio_backbone_id", "text_backbone_id"}
+        skipped |= {"audio_backbone_id", "text_backbone_id", "trim_silence"}
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
         options |= {f"{tower}_lora": lora for tower, lora in self.lora().items()}
         if self.attn_implementation is None:

@@ -138,8 +138,7 @@ def run(recipe: str | Path = "demo", overrides: Mapping[str, Any] | None = None)
 def train_seeds(settings: Settings, resolved: Callable[[dict[str, Any]], Settings]) -> Path:
     """Train one system with each seed, in `seed-N` of the output folder, and sum them up in its report.md.
 
-    What is finished is not trained again, what was cut short goes on. Hidden states that are kept lie on disk in one
-    folder for all.
+    What is finished is not trained again, what was cut short goes on. Kept hidden states lie in one folder for all.
 
     Args:
         settings: with seeds.
@@ -386,7 +385,8 @@ def load_system(
         **model_settings.config_options(),
     )
     tokenizer = None if text is None else AutoTokenizer.from_pretrained(text, trust_remote_code=False)
-    return model, SailerProcessor(AutoFeatureExtractor.from_pretrained(audio, trust_remote_code=False), tokenizer)
+    extractor = AutoFeatureExtractor.from_pretrained(audio, trust_remote_code=False)
+    return model, SailerProcessor(extractor, tokenizer, trim_silence=model_settings.trim_silence)
 
 
 def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str | Path | None:

@@ -29,7 +29,7 @@ NARROW_COLUMNS = ("votes", "secondary_votes", "attributes", "label")
 TEACHER_COLUMN = "teacher"
 
 # Each kind of random number has a stream of its own; a row of the first holds these draws, in this order.
-_CHOICES, _ANNOTATIONS, _SUBSET = range(3)
+_CHOICES, _ANNOTATIONS, _SUBSET, _SPEED = range(4)
 _MIX, _CLASS, _CLIP, _ORDER, _COIN, _SECONDS, _ROUNDING, _TEXT = range(8)
 _MAP_BATCH = 10_000
 
@@ -47,6 +47,9 @@ class AugmentationSettings:
         mixing_mode: "minority": a clip of a majority class with one of a minority class (drawn by inverse frequency,
             then uniformly); "same_emotion": a clip of any class with another of its class (EMix).
         max_seconds: longest training clip, mixes included.
+        speed_perturbation: clips are played at a speed drawn from 1 / (1 + this) to 1 + this, evenly by its logarithm:
+            higher and lower voices than the corpus has (https://www.isca-archive.org/interspeech_2015/
+            ko15_interspeech.html). Of plans that are cycled through, the first has every clip at its own speed.
         text_dropout: probability with which a clip's transcript is withheld.
         undersample_majority: share of the majority classes' clips that an epoch leaves out, another one each epoch.
         augmentation_variants: 0 for a fresh plan every epoch; K to cycle through K plans, so that features of
@@ -63,6 +66,7 @@ class AugmentationSettings:
     mixing_probability: float = 0.0
     mixing_mode: MixingMode = "minority"
     max_seconds: float = 15.0
+    speed_perturbation: float = 0.0
     text_dropout: float = 0.0
     undersample_majority: float = 0.0
     augmentation_variants: int = 0
@@ -72,7 +76,13 @@ class AugmentationSettings:
     def __post_init__(self) -> None:
         if isinstance(self.annotation_dropout, bool):
             self.annotation_dropout = ANNOTATION_DROPOUT if self.annotation_dropout else 0.0
-        for option in ("annotation_dropout", "mixing_probability", "text_dropout", "undersample_majority"):
+        for option in (
+            "annotation_dropout",
+            "mixing_probability",
+            "text_dropout",
+            "undersample_majority",
+            "speed_perturbation",
+        ):
             value = getattr(self, option)
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{option} is a rate between 0 and 1, got {value!r}.")
@@ -99,10 +109,10 @@ def plan_features(label_set: LabelSet, is_taught: bool = False) -> Features:
     """`datasets.Features` of a plan: one row per training row of an epoch.
 
     index is the clip's row in the corpus; partner is the row that it is mixed with or -1, heard first if
-    partner_first is set; gap is in seconds, positive for silence between the two and negative for overlap. votes are
-    the clip's own after annotation dropout. The targets are those of what is heard, NaN where unknown; hard_target
-    is the consensus label's (both labels' mean, for a mix). drop_text withholds the transcript. Of rows with a
-    `TEACHER_COLUMN` there is a teacher_target too.
+    partner_first is set; gap is in seconds, positive for silence between the two and negative for overlap; all of it
+    is played at speed. votes are the clip's own after annotation dropout. The targets are those of what is heard, NaN
+    where unknown; hard_target is the consensus label's (both labels' mean, for a mix). drop_text withholds the
+    transcript. Of rows with a `TEACHER_COLUMN` there is a teacher_target too.
     """
     from datasets import Features, List, Value
 
@@ -113,6 +123,7 @@ def plan_features(label_set: LabelSet, is_taught: bool = False) -> Features:
             "partner": Value("int32"),
             "partner_first": Value("bool"),
             "gap": Value("float32"),
+            "speed": Value("float32"),
             "votes": labels,
             "target": labels,
             "hard_target": labels,
@@ -325,6 +336,7 @@ def _plan_batch(
         "partner": partner,
         "partner_first": mixed & (draws[index, _ORDER] < 0.5),
         "gap": np.where(mixed, np.where(draws[index, _COIN] < 0.5, seconds, -seconds), 0),
+        "speed": _speeds(index, clips, settings, seed, epoch),
         "votes": votes,
         "target": mean(distribution(votes), distribution(_kept_votes(others, draws, clips, settings, seed, epoch))),
         "hard_target": mean(hard(index), hard(others)),
@@ -332,6 +344,13 @@ def _plan_batch(
         "attribute_target": mean(clips.attributes[index], clips.attributes[others]),
         "drop_text": draws[index, _TEXT] < settings.text_dropout,
     }
+
+
+def _speeds(index: np.ndarray, clips: _Clips, settings: AugmentationSettings, seed: int, epoch: int) -> np.ndarray:
+    if not settings.speed_perturbation or (settings.augmentation_variants and epoch == 0):
+        return np.ones(len(index))
+    draws = _uniform(seed, epoch, _SPEED, len(clips.label), 1)[index, 0]
+    return (1 + settings.speed_perturbation) ** (2 * draws - 1)
 
 
 def _kept_votes(

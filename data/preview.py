@@ -62,6 +62,7 @@ def _description(item: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         "clips": [clip["id"] for clip in clips],
         "silence_seconds": round(max(gap, 0.0), 4),
         "overlap_seconds": round(max(-gap, 0.0), 4),
+        "speed": round(item["speed"], 4),
         "transcript": transcript_of(item),
         "kept_votes": shares(item["votes"], labels),
         "target": shares(item["target"], labels),

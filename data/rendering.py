@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import soxr
 
 from sailer.audio_sailer import MINIMUM_SECONDS, load_audio
 from sailer.data.schema import CorpusError
@@ -24,10 +26,17 @@ def clips_of(item: Item) -> tuple[list[Item], float]:
 
 
 def rendering_key(item: Item) -> RenderingKey:
-    """What is heard: equal for two items that sound the same. Clip ids in playing order, then the gap of a mix."""
+    """What is heard: equal for two items that sound the same. Clip ids in playing order, then the gap of a mix, then
+    the speed where it is not their own."""
     clips, gap = clips_of(item)
     ids = tuple(clip["id"] for clip in clips)
-    return ids if len(ids) == 1 else (*ids, gap)
+    mixed = (gap,) if len(ids) > 1 else ()
+    return ids + mixed + changed_speed(item.get("speed", 1.0))
+
+
+def changed_speed(speed: float) -> tuple[float, ...]:
+    """What tells a speed from clips' own: nothing, where it is that."""
+    return () if speed == 1 else (speed,)
 
 
 def transcript_of(item: Item) -> str:
@@ -38,17 +47,30 @@ def transcript_of(item: Item) -> str:
 
 
 def render(item: Item, sampling_rate: int, max_seconds: float) -> np.ndarray:
-    """Decode an item's clips and mix them, float32 of at most `max_seconds`; of a longer clip its beginning.
+    """Decode an item's clips, mix them and play that at its speed, float32 of at most `max_seconds`; of what is longer
+    the beginning.
 
     Raises:
         CorpusError: a clip that cannot be decoded or is too short; the message names it.
     """
     clips, gap = clips_of(item)
     waveforms = [_decode(clip, sampling_rate, max_seconds) for clip in clips]
-    if len(waveforms) == 1:
-        return waveforms[0]
-    first, second = waveforms
-    return mix(first, second, gap=round(gap * sampling_rate), limit=int(max_seconds * sampling_rate))
+    limit = int(max_seconds * sampling_rate)
+    heard = waveforms[0] if len(waveforms) == 1 else mix(*waveforms, gap=round(gap * sampling_rate), limit=limit)
+    return play_at(heard, item.get("speed", 1.0), sampling_rate)[:limit]
+
+
+def play_at(waveform: np.ndarray, speed: float, sampling_rate: int) -> np.ndarray:
+    """A waveform (samples,) played faster or slower, with a higher or lower pitch: (about samples / speed,).
+
+    A clip that would be shorter than `MINIMUM_SECONDS` is played no faster than that allows.
+    """
+    speed = min(speed, max(len(waveform) / (MINIMUM_SECONDS * sampling_rate), 1.0))
+    if speed == 1:
+        return waveform
+    shortest = math.ceil(MINIMUM_SECONDS * sampling_rate)
+    played = soxr.resample(waveform, speed * sampling_rate, sampling_rate).astype(np.float32, copy=False)
+    return np.pad(played, (0, max(shortest - len(played), 0)))
 
 
 def mix(first: np.ndarray, second: np.ndarray, gap: int, limit: int | None = None) -> np.ndarray:

@@ -115,7 +115,7 @@ class PlannedDataset(torch.utils.data.Dataset):
     """Clips under augmentation; the plan of an epoch is made by whichever process first asks for one of its rows.
 
     An item is what the collator renders: `clips` (one or two canonical rows, in playing order), `gap` (seconds,
-    positive for silence, negative for overlap) and the plan's targets (see `augmentation.plan_features`).
+    positive for silence, negative for overlap), `speed` and the plan's targets (see `augmentation.plan_features`).
 
     Args:
         dataset: clips in the canonical row; the audio column may be missing where features are cached.
@@ -176,37 +176,43 @@ class PlannedDataset(torch.utils.data.Dataset):
         return self._plans[epoch]
 
     def seconds(self, epoch: int) -> np.ndarray:
-        """(rows,) how long each row of an epoch sounds, after `rendering.mix`; an unknown duration is the longest."""
+        """(rows,) how long each row of an epoch sounds; an unknown duration is the longest."""
         limit = self.settings.max_seconds
         if self._durations is None:
             self._durations = self.dataset.select_columns(["duration"]).with_format("numpy")["duration"][:]
             self._durations = np.minimum(np.nan_to_num(self._durations, nan=limit), limit)
-        plan = self.plan(epoch).select_columns(["index", "partner", "gap"]).with_format("numpy")[:]
+        plan = self.plan(epoch).select_columns(["index", "partner", "gap", "speed"]).with_format("numpy")[:]
         own, other = self._durations[plan["index"]], self._durations[plan["partner"]]
         gap = np.maximum(plan["gap"], -np.minimum(own, other))
-        return np.where(plan["partner"] < 0, own, np.minimum(own + gap + other, limit))
+        heard = np.where(plan["partner"] < 0, own, np.minimum(own + gap + other, limit))
+        return np.minimum(heard / plan["speed"], limit)
 
-    def renderings(self) -> list[tuple[int, int, float]]:
-        """Everything that is ever heard, each once: rows of the first clip and the second (-1: none), and the gap.
+    def renderings(self) -> list[tuple[int, int, float, float]]:
+        """Everything that is ever heard, each once: rows of the first clip and the second (-1: none), the gap and the
+        speed.
 
         Raises:
-            ValueError: every epoch has mixes of its own.
+            ValueError: every epoch has mixes or speeds of its own.
         """
         settings = self.settings
         if not settings.augmentation_variants:
-            if settings.mixing_probability:
+            if settings.mixing_probability or settings.speed_perturbation:
+                what, own = (
+                    ("audio mixing", "mixes") if settings.mixing_probability else ("speed_perturbation", "speeds")
+                )
                 raise ValueError(
-                    "With audio mixing every epoch has mixes of its own, whose features cannot be kept. Set "
+                    f"With {what} every epoch has {own} of its own, whose features cannot be kept. Set "
                     "augmentation_variants to the number of plans to cycle through, or cache_features to off."
                 )
-            return [(row, -1, 0.0) for row in range(len(self.dataset))]
-        found: dict[tuple[int, int, float], None] = {}
+            return [(row, -1, 0.0, 1.0) for row in range(len(self.dataset))]
+        found: dict[tuple[int, int, float, float], None] = {}
         for variant in range(settings.augmentation_variants):
             plan = self.plan(variant).with_format("numpy")
             index, partner, partner_first = (plan[name][:] for name in ("index", "partner", "partner_first"))
             first = np.where(partner_first, partner, index)
             second = np.where(partner_first, index, partner)
-            found |= dict.fromkeys(zip(first.tolist(), second.tolist(), plan["gap"][:].tolist(), strict=True))
+            played = (plan["gap"][:].tolist(), plan["speed"][:].tolist())
+            found |= dict.fromkeys(zip(first.tolist(), second.tolist(), *played, strict=True))
         return list(found)
 
     def __getstate__(self) -> dict[str, Any]:

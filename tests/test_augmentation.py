@@ -277,7 +277,7 @@ def test_other_label_sets():
 
 def test_everything_is_off_by_default():
     off = ("annotation_dropout", "mixing_probability", "text_dropout", "undersample_majority", "manifold_mixup")
-    off += ("state_mixup",)
+    off += ("state_mixup", "speed_perturbation")
     modes = {"annotation_dropout_mode": "majority", "mixing_mode": "minority"}
     expected = dict.fromkeys(off, 0.0) | modes | {"max_seconds": 15.0, "augmentation_variants": 0}
     assert dataclasses.asdict(AugmentationSettings()) == expected
@@ -335,3 +335,25 @@ def test_planning_the_challenge_takes_seconds():
     start = time.perf_counter()
     plan_epoch(rows, every, LABELS, 0, 0)
     assert time.perf_counter() - start < 10
+
+
+def speeds(share, variants=0, epoch=0, seed=1):
+    settings = AugmentationSettings(speed_perturbation=share, augmentation_variants=variants)
+    return plan_epoch(corpus(np.full(2000, 5)), settings, LABELS, seed, epoch).with_format("numpy")["speed"][:]
+
+
+def test_speeds_are_drawn_evenly_by_their_logarithm():
+    drawn = np.log(speeds(0.25)) / np.log(1.25)
+    assert abs(drawn).max() <= 1 + 1e-6
+    # Uniform on [-1, 1]: mean 0, standard deviation 1 / sqrt(3); of 2,000 draws within four standard errors.
+    assert abs(drawn.mean()) < 4 / np.sqrt(3 * 2000)
+    assert np.allclose(np.quantile(drawn, [0.1, 0.25, 0.5, 0.75, 0.9]), [-0.8, -0.5, 0, 0.5, 0.8], atol=0.07)
+    assert np.array_equal(speeds(0.25), speeds(0.25))
+    assert not np.isclose(speeds(0.25), speeds(0.25, epoch=1)).any()
+    assert not np.isclose(speeds(0.25), speeds(0.25, seed=2)).any()
+    assert set(speeds(0.0)) == {1.0}
+
+
+def test_of_plans_that_are_cycled_through_the_first_leaves_the_speed():
+    assert set(speeds(0.25, variants=3)) == {1.0}
+    assert not (speeds(0.25, variants=3, epoch=1) == 1).any()

@@ -25,6 +25,7 @@ from .sounds import noise
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
 TRANSCRIPTS = ["i am so happy about this", "leave me alone", "", "the lazy dog"]
 MIXED = {"annotation_dropout": 0.2, "mixing_probability": 0.8, "text_dropout": 0.2, "augmentation_variants": 2}
+MIXED |= {"speed_perturbation": 0.2}
 
 
 def clips(folder, count, prefix, seed):
@@ -396,7 +397,7 @@ def test_fresh_mixes_cannot_be_kept(system, corpus):
     model, processor = system
     with pytest.raises(ValueError, match=r"Set augmentation_variants .* or cache_features to off"):
         FeatureStore.build(model, collator(processor), [planned(corpus[0], augmentation_variants=0)])
-    fresh_but_unmixed = planned(corpus[0], augmentation_variants=0, mixing_probability=0)
+    fresh_but_unmixed = planned(corpus[0], augmentation_variants=0, mixing_probability=0, speed_perturbation=0)
     store = FeatureStore.build(model, collator(processor), [fresh_but_unmixed])
     assert_same_outputs(model, processor, store, [fresh_but_unmixed[key] for key in (3, 12 * 7 + 3)])
 

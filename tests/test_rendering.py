@@ -8,7 +8,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sailer.data.rendering import mix, render, rendering_key, transcript_of
+from sailer.data.rendering import mix, play_at, render, rendering_key, transcript_of
 from sailer.data.schema import CorpusError
 
 
@@ -157,3 +157,41 @@ def test_clips_that_cannot_be_used_are_named(tmp_path):
     damaged = {"id": "noise", "audio": {"path": None, "bytes": b"RIFFxxxx"}, "transcript": ""}
     with pytest.raises(CorpusError, match="Clip 'noise' cannot be read"):
         render(damaged, 16000, 15)
+
+
+@pytest.mark.parametrize("speed", [0.8, 0.95, 1.25])
+def test_a_speed_changes_length_and_pitch_together(speed):
+    tone = np.sin(2 * np.pi * 400 * np.arange(16000) / 16000).astype(np.float32)
+    played = play_at(tone, speed, 16000)
+    assert played.dtype == np.float32 and abs(len(played) - 16000 / speed) <= 1
+    spectrum = np.abs(np.fft.rfft(played * np.hanning(len(played))))
+    assert spectrum.argmax() * 16000 / len(played) == pytest.approx(400 * speed, abs=2)
+    middle = played[4000:8000]
+    assert np.abs(middle).max() == pytest.approx(1, abs=0.01), "and not its loudness"
+
+
+def test_a_clip_is_played_no_faster_than_it_can_be_heard():
+    tone = np.sin(np.arange(1700)).astype(np.float32)
+    assert len(play_at(tone, 1.25, 16000)) == 1600
+    assert play_at(tone[:1600], 1.25, 16000) is not None and len(play_at(tone[:1600], 1.25, 16000)) == 1600
+    assert play_at(tone, 1.0, 16000) is tone
+
+
+def test_an_item_is_played_at_its_speed():
+    noise = np.random.default_rng(0).normal(0, 0.1, 32000).astype(np.float32)
+    one, other = clip("a", noise[:16000]), clip("b", noise[16000:24000])
+    item = planned(one, other, 0.5)
+    whole = render(item, 16000, 15.0)
+    faster = render({**item, "speed": 1.2}, 16000, 15.0)
+    np.testing.assert_array_equal(faster, play_at(whole, 1.2, 16000))
+    slower = render({**item, "speed": 0.8}, 16000, 2.2)
+    assert len(slower) == 35200, "what is longer than the longest is cut"
+    np.testing.assert_allclose(slower[:30000], play_at(whole, 0.8, 16000)[:30000], atol=1e-4)
+
+
+def test_another_speed_is_heard_as_another_clip():
+    one, other = clip("a", ramp(0, 2000)), clip("b", ramp(0, 2000))
+    items = [one, {"clips": [one], "gap": 0.0, "speed": 1.1}, planned(one, other, 0.5)]
+    items += [{**planned(one, other, 0.5), "speed": speed} for speed in (1.1, 0.9)]
+    assert len({rendering_key(item) for item in items}) == 5
+    assert rendering_key({"clips": [one], "gap": 0.0, "speed": 1.0}) == rendering_key(one)

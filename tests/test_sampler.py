@@ -20,6 +20,7 @@ EVERYTHING = {
     "mixing_probability": 0.5,
     "text_dropout": 0.3,
     "undersample_majority": 0.2,
+    "speed_perturbation": 0.25,
 }
 
 
@@ -170,7 +171,7 @@ def test_seconds_are_those_of_what_is_rendered(tmp_path):
     np.testing.assert_allclose(seconds, rendered, atol=2e-4)
     assert 3.0 in rendered and min(rendered) < 1.5 and (dataset.plan(2).with_format("numpy")["gap"][:] < 0).any()
     unknown = rows.remove_columns("duration").add_column("duration", [float("nan")] * 30)
-    assert set(planned(unknown, max_seconds=3.0).seconds(0)) == {3.0}
+    assert set(planned(unknown, max_seconds=3.0, speed_perturbation=0).seconds(0)) == {3.0}
 
 
 def test_the_longest_come_first():
@@ -246,21 +247,29 @@ def test_only_the_plans_in_use_are_kept(rows):
 
 def test_renderings_are_everything_that_is_heard(rows):
     dataset = planned(rows, augmentation_variants=3)
-    heard = {
-        (tuple(clip["id"] for clip in dataset[key]["clips"]), dataset[key]["gap"]) for key in range(3 * len(dataset))
-    }
+    items = [dataset[key] for key in range(3 * len(dataset))]
+    heard = {(tuple(clip["id"] for clip in item["clips"]), item["gap"], item["speed"]) for item in items}
     renderings = dataset.renderings()
     named = {
-        ((rows[first]["id"],) if second < 0 else (rows[first]["id"], rows[second]["id"]), gap)
-        for first, second, gap in renderings
+        ((rows[first]["id"],) if second < 0 else (rows[first]["id"], rows[second]["id"]), gap, speed)
+        for first, second, gap, speed in renderings
     }
     assert named == heard and len(renderings) == len(heard)
-    assert planned(rows, mixing_probability=0).renderings() == [(row, -1, 0.0) for row in range(60)]
+    assert planned(rows, mixing_probability=0, speed_perturbation=0).renderings() == [
+        (row, -1, 0.0, 1.0) for row in range(60)
+    ]
 
 
 def test_fresh_mixes_cannot_be_listed(rows):
-    with pytest.raises(ValueError, match="Set augmentation_variants"):
+    with pytest.raises(ValueError, match=r"With audio mixing every epoch has mixes .*Set augmentation_variants"):
         planned(rows).renderings()
+
+
+def test_fresh_speeds_cannot_be_listed(rows):
+    with pytest.raises(
+        ValueError, match=r"With speed_perturbation every epoch has speeds .*Set augmentation_variants"
+    ):
+        planned(rows, mixing_probability=0).renderings()
 
 
 def test_settings_that_do_not_fit_the_corpus_are_refused_at_once(rows):

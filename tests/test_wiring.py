@@ -56,6 +56,7 @@ AUGMENTATIONS = {
     "mixing_probability": 0.5,
     "text_dropout": 0.3,
     "undersample_majority": 0.25,
+    "speed_perturbation": 0.25,
 }
 EPOCHS = 3
 

@@ -43,6 +43,7 @@ LEAST: dict[str, tuple[float, bool]] = {
     "frame_pooling": (1, True),
     "trainable_audio_layers": (1, True),
     "conv_dropout": (0, True),
+    "trim_silence": (0, False),
     "preview": (0, True),
     "streaming_buffer": (1, True),
     "gradient_accumulation_steps": (1, True),

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from sailer.adapters_sailer import trains
 from sailer.data.collator import TEXT_INPUTS, SailerCollator
-from sailer.data.rendering import Item, RenderingKey, rendering_key, transcript_of
+from sailer.data.rendering import Item, RenderingKey, changed_speed, rendering_key, transcript_of
 from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError
 from sailer.data.team import Team
@@ -183,11 +183,13 @@ def _known(names: Mapping[Key, str], key: Key) -> str:
 
 
 class _Place(NamedTuple):
-    """Where something that is heard comes from: rows of a corpus in playing order, and the gap between them."""
+    """Where something that is heard comes from: rows of a corpus in playing order, the gap between them, and the speed
+    at which they are played."""
 
     rows: Dataset
     clips: tuple[int, ...]
     gap: float
+    speed: float
     seconds: float
 
 
@@ -202,7 +204,7 @@ class _Items(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Item:
         place = self.places[index]
-        return {"clips": [place.rows[clip] for clip in place.clips], "gap": place.gap}
+        return {"clips": [place.rows[clip] for clip in place.clips], "gap": place.gap, "speed": place.speed}
 
 
 def _renderings(
@@ -216,22 +218,23 @@ def _renderings(
         if isinstance(dataset, PlannedDataset):
             rows, renderings = dataset.dataset, dataset.renderings()
         else:
-            rows, renderings = dataset, [(row, -1, 0.0) for row in range(len(dataset))]
+            rows, renderings = dataset, [(row, -1, 0.0, 1.0) for row in range(len(dataset))]
         narrow = rows.select_columns(["id", "audio", "transcript", "duration"])
         clips = list(tqdm(map(_identify, narrow), total=len(rows), desc="Identifying clips", leave=False))
-        for first, second, gap in renderings:
+        for first, second, gap, speed in renderings:
             heard = (first,) if second < 0 else (first, second)
-            item: Item = {"clips": [clips[clip] for clip in heard], "gap": gap}
+            item: Item = {"clips": [clips[clip] for clip in heard], "gap": gap, "speed": speed}
             key = rendering_key(item)
-            content = _digest([clips[clip]["audio"] for clip in heard], gap)
+            content = _digest([clips[clip]["audio"] for clip in heard], gap, *changed_speed(speed))
             if contents.setdefault(key, content) != content:
                 raise CorpusError(
                     f"Clip {key[0]!r} has two recordings among the splits, and features are kept by id: rename one of "
                     "them, or set cache_features to off."
                 )
-            seconds = sum(clip["duration"] for clip in item["clips"]) + gap
+            seconds = (sum(clip["duration"] for clip in item["clips"]) + gap) / speed
             # An unknown duration counts as the longest.
-            places[key] = _Place(rows, heard, gap, max_seconds if math.isnan(seconds) else min(seconds, max_seconds))
+            seconds = max_seconds if math.isnan(seconds) else min(seconds, max_seconds)
+            places[key] = _Place(rows, heard, gap, speed, seconds)
             transcripts[transcript_of(item)] = None
     return places, contents, [transcript for transcript in transcripts if transcript]
 
@@ -374,6 +377,7 @@ def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator, *
         processor.feature_extractor.to_dict(),
         processor.audio_padding,
         collator.max_seconds,
+        *([] if processor.trim_silence is None else [processor.trim_silence]),
         *computed,
         *_weights(model.sailer.audio_encoder),
     )
