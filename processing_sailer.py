@@ -348,7 +348,10 @@ class SailerEnsembleProcessor(ProcessorMixin):
         self.hearing: list[SailerProcessor] = []
         self.reading: list[SailerProcessor] = []
         for member, processor in zip(self.members, self.processors, strict=True):
-            hears = {"audio_padding": processor.audio_padding, "trim_silence": processor.trim_silence}
+            hears: dict[str, Any] = {
+                "audio_padding": processor.audio_padding,
+                "trim_silence": processor.trim_silence,
+            }
             sound = json.dumps([processor.feature_extractor.to_dict(), hears], default=str)
             if sound not in sounds:
                 sounds.append(sound)

@@ -49,7 +49,8 @@ class AugmentationSettings:
         max_seconds: longest training clip, mixes included.
         speed_perturbation: clips are played at a speed drawn from 1 / (1 + this) to 1 + this, evenly by its logarithm:
             higher and lower voices than the corpus has (https://www.isca-archive.org/interspeech_2015/
-            ko15_interspeech.html). Of plans that are cycled through, the first has every clip at its own speed.
+            ko15_interspeech.html). Of K plans that are cycled through, each has a clip at another one of K speeds,
+            as far from each other: they are the same whatever the seed, so that kept states serve every seed.
         text_dropout: probability with which a clip's transcript is withheld.
         undersample_majority: share of the majority classes' clips that an epoch leaves out, another one each epoch.
         augmentation_variants: 0 for a fresh plan every epoch; K to cycle through K plans, so that features of
@@ -95,6 +96,10 @@ class AugmentationSettings:
             value = getattr(self, option)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{option} is a number from 0, got {value!r}.")
+        if self.speed_perturbation and self.augmentation_variants == 1:
+            raise ValueError(
+                "speed_perturbation needs another number of augmentation_variants than 1, or nothing changes."
+            )
         if self.manifold_mixup and self.state_mixup:
             raise ValueError(
                 f"manifold_mixup is {self.manifold_mixup:g} and state_mixup {self.state_mixup:g}: a batch is mixed "
@@ -347,10 +352,11 @@ def _plan_batch(
 
 
 def _speeds(index: np.ndarray, clips: _Clips, settings: AugmentationSettings, seed: int, epoch: int) -> np.ndarray:
-    if not settings.speed_perturbation or (settings.augmentation_variants and epoch == 0):
-        return np.ones(len(index))
-    draws = _uniform(seed, epoch, _SPEED, len(clips.label), 1)[index, 0]
-    return (1 + settings.speed_perturbation) ** (2 * draws - 1)
+    if variants := settings.augmentation_variants:
+        place = (index + epoch) % variants / max(variants - 1, 1)
+    else:
+        place = _uniform(seed, epoch, _SPEED, len(clips.label), 1)[index, 0]
+    return (1 + settings.speed_perturbation) ** (2 * place - 1)
 
 
 def _kept_votes(

@@ -56,7 +56,9 @@ def render(item: Item, sampling_rate: int, max_seconds: float) -> np.ndarray:
     clips, gap = clips_of(item)
     waveforms = [_decode(clip, sampling_rate, max_seconds) for clip in clips]
     limit = int(max_seconds * sampling_rate)
-    heard = waveforms[0] if len(waveforms) == 1 else mix(*waveforms, gap=round(gap * sampling_rate), limit=limit)
+    heard = waveforms[0]
+    if len(waveforms) == 2:
+        heard = mix(heard, waveforms[1], gap=round(gap * sampling_rate), limit=limit)
     return play_at(heard, item.get("speed", 1.0), sampling_rate)[:limit]
 
 

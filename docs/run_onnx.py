@@ -48,8 +48,8 @@ folder = Path(sys.argv[1])
 config, processor, manifest = (
     json.loads((folder / f"{name}.json").read_text()) for name in ("config", "processor_config", "export")
 )
-if "input_ids" in manifest["inputs"]:
-    sys.exit(f"{folder} reads transcripts too, which takes its tokenizer: use sailer.load.")
+if "input_ids" in manifest["inputs"] or processor.get("trim_silence"):
+    sys.exit(f"{folder} reads transcripts or leaves out silence, which this script does not: use sailer.load.")
 session = onnxruntime.InferenceSession(folder / next(iter(manifest["files"])))
 for path in sys.argv[2:]:
     clip, rate = soundfile.read(path, always_2d=True)

@@ -354,6 +354,15 @@ def test_speeds_are_drawn_evenly_by_their_logarithm():
     assert set(speeds(0.0)) == {1.0}
 
 
-def test_of_plans_that_are_cycled_through_the_first_leaves_the_speed():
-    assert set(speeds(0.25, variants=3)) == {1.0}
-    assert not (speeds(0.25, variants=3, epoch=1) == 1).any()
+def test_plans_that_are_cycled_through_have_the_same_speeds_whatever_the_seed():
+    plans = np.stack([speeds(0.25, variants=5, epoch=epoch) for epoch in range(5)])
+    expected = [0.8, 0.8944272, 1.0, 1.118034, 1.25]  # 1.25 to the power of -1, -1/2, 0, 1/2 and 1
+    np.testing.assert_allclose(np.sort(plans, axis=0), np.tile(expected, (2000, 1)).T, rtol=1e-6)
+    assert (np.sort(plans, axis=0)[2] == 1).all(), "and a clip's own is among an odd number of them"
+    assert all(len(set(plan)) == 5 for plan in plans), "an epoch hears all of them"
+    np.testing.assert_array_equal(plans[1], speeds(0.25, variants=5, epoch=1, seed=7))
+
+
+def test_one_plan_has_no_other_speed():
+    with pytest.raises(ValueError, match="speed_perturbation needs another number of augmentation_variants than 1"):
+        AugmentationSettings(speed_perturbation=0.2, augmentation_variants=1)

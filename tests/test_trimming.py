@@ -5,14 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoFeatureExtractor, WhisperFeatureExtractor
 
+import sailer
 from sailer import SailerProcessor
 from sailer.audio_sailer import trim_silence
 from sailer.processing_sailer import SailerEnsembleProcessor
+
+from .recorded_training import read_corpus, recording, write_corpus
 
 RATE = 16000
 
@@ -100,3 +104,40 @@ def test_members_that_cut_otherwise_hear_by_themselves() -> None:
 def test_decibels_that_cannot_be(decibels):
     with pytest.raises(ValueError, match=r"trim_silence is .*; give decibels above 0"):
         SailerProcessor(WhisperFeatureExtractor(feature_size=80), trim_silence=decibels)
+
+
+@pytest.mark.slow
+def test_training_and_every_way_to_use_the_system_leave_the_silence_out(tmp_path: Path) -> None:
+    """Through the command line: half a second of silence before each clip, of whose frames none is trained on."""
+    from sailer.cli import main
+    from sailer.inference.export import export
+
+    manifest = write_corpus(tmp_path)
+    frames, cut, whole = {}, {}, {}
+    for row in (row for split in ("train", "validation", "test") for row in read_corpus(manifest, split)):
+        speech, rate = soundfile.read(tmp_path / row["audio"], dtype="float32")
+        whole[row["id"]] = np.concatenate([np.zeros(rate // 2, np.float32), speech])
+        soundfile.write(tmp_path / row["audio"], whole[row["id"]], rate, subtype="FLOAT")
+        cut[row["id"]] = trim_silence(whole[row["id"]], rate, 35)
+        assert len(cut[row["id"]]) < len(whole[row["id"]]) - 0.4 * rate
+        frames[row["id"]] = len(cut[row["id"]]) // 160
+    options = {"corpus": "manifest", "corpus_options": "{}", "data_dir": manifest, "output_dir": tmp_path / "run"}
+    options |= {"text_backbone": "null", "text_dropout": 0, "mixing_probability": 0, "cache_features": "off"}
+    options |= {"num_train_epochs": 1, "shuffled_label_baseline": "false", "use_cpu": "true", "trim_silence": 35}
+    with recording() as record:
+        assert main(["train", "demo", *(f"--{name}={value}" for name, value in options.items())]) == 0
+    heard = 0
+    for batch in record.batches:
+        for item, mask in zip(batch["items"], batch["attention_mask"], strict=True):
+            assert int(mask.sum()) == frames[item["clips"][0]]
+            heard += 1
+    assert heard == 24
+    name = read_corpus(manifest, "test")[0]["id"]
+    folders = {"torch": tmp_path / "run", "onnx": export(tmp_path / "run", tmp_path / "exported")}
+    for backend, folder in folders.items():
+        classifier = sailer.load(folder, backend=backend)
+        of_all, of_speech = (
+            {row["label"]: row["score"] for row in classifier({"array": clips[name], "sampling_rate": rate})}
+            for clips in (whole, cut)
+        )
+        assert of_all == pytest.approx(of_speech, abs=1e-6)
