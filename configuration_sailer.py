@@ -25,7 +25,7 @@ SECONDARY_LABELS = (
 ATTRIBUTES = ("arousal", "valence", "dominance")
 SEX_LABELS = ("female", "male")
 HEADS = ("primary", "secondary", "attributes", "sex", "age")
-AUDIO_LAYERS = ("last", "weighted", "weighted_norm")
+AUDIO_LAYERS = ("last", "weighted", "weighted_norm", "concat_norm")
 TARGET_WEIGHTINGS = ("none", "product", "normalized")
 # Options that name the labels, and what holds for one label set alone.
 NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")
@@ -72,8 +72,8 @@ class SailerConfig(PretrainedConfig):
     Args:
         audio_config (`PretrainedConfig` or `dict`): the speech encoder's configuration (Whisper, WavLM, ...).
         text_config (`PretrainedConfig` or `dict`, *optional*): the text encoder's; `None` for a speech-only system.
-        audio_layers (`str`, defaults to `"last"`): `"last"` hidden state, `"weighted"` sum of all hidden states, or
-            `"weighted_norm"` (each layer-normalised first).
+        audio_layers (`str`, defaults to `"last"`): `"last"` hidden state, `"weighted"` sum of all hidden states,
+            `"weighted_norm"` (each layer-normalised first) or `"concat_norm"` (these side by side, not summed).
         hidden_size (`int`, defaults to 256): filters of the 1x1 convolutions and width of each MLP's hidden layer.
         conv_dropout (`float`, defaults to 0.1): dropout between the convolutions.
         frame_pooling (`int`, defaults to 1): speech frames averaged into one before the convolutions (paper: none).

@@ -24,6 +24,8 @@ UNKNOWN_LABEL = -100
 DOUBT = 2.0
 FEWEST_SPEAKERS = 4  # that a mean voice is learned from
 LEAST_SCORE = -30000.0  # so low that the softmax is zero, and within half precision's range
+# The choices of audio_layers that normalise each layer before they become one.
+NORMALIZED_LAYERS = ("weighted_norm", "concat_norm")
 
 
 class LayerWeights(nn.Module):
@@ -42,6 +44,23 @@ class LayerWeights(nn.Module):
         return torch.einsum("l,bl...->b...", weights.to(states.dtype), states)
 
 
+class LayerConcatenation(nn.Module):
+    """A tower's hidden states side by side, each layer-normalised first: none is averaged away."""
+
+    def forward(self, states: torch.Tensor, is_normalized: bool = False) -> torch.Tensor:
+        """(batch, layers, ..., width) -> (batch, ..., layers * width); states may be normalised already."""
+        states = states if is_normalized else nn.functional.layer_norm(states, states.shape[-1:])
+        return states.movedim(1, -2).flatten(-2)
+
+
+def join_layers(config: Any, width: int) -> tuple[nn.Module, int]:
+    """What makes one state of the audio tower's hidden states of `width`, as `audio_layers` says, and its width."""
+    layers = config.audio_config.num_hidden_layers + 1
+    if config.audio_layers == "concat_norm":
+        return LayerConcatenation(), layers * width
+    return LayerWeights(layers, normalize=config.audio_layers in NORMALIZED_LAYERS), width
+
+
 def pool_frames(states: torch.Tensor, mask: torch.Tensor, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Means of each `frames` consecutive frames of states (batch, frames, width), and how many of the clip's own
     frames each of them holds: the last of a clip may hold fewer, and then counts for less."""
@@ -54,7 +73,7 @@ def pool_frames(states: torch.Tensor, mask: torch.Tensor, frames: int) -> tuple[
 
 def pool_states(states: torch.Tensor, frames: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states as a model's `pooled_hidden_states`, from which it makes the same as from all frames: layers are
-    normalised and frames pooled before the layers' weighted sum, which is linear.
+    normalised and frames pooled before the layers' weighted sum or concatenation, which are linear.
 
     Args:
         states: (batch, [layers,] frames, width) of clips of one length.

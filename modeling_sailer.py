@@ -34,6 +34,7 @@ from .layers_sailer import (
     SailerClassifierOutput,
     SailerModelOutput,
     SpeakerReference,
+    join_layers,
     label_probabilities,
     masked_mean,
     plain_loss,
@@ -171,11 +172,10 @@ class SailerModel(SailerPreTrainedModel):
         check_speech_encoder(config.audio_config, config.audio_layers)
         self.audio_encoder = audio_encoder or build_encoder(config.audio_config)
         self.main_input_name = self.audio_encoder.main_input_name
+        width = speech_width(config.audio_config, config.audio_layers)
         if config.audio_layers != "last":
             keep_layers(self.audio_encoder)
-            layers = config.audio_config.num_hidden_layers + 1
-            self.audio_layer_weights = LayerWeights(layers, normalize=config.audio_layers == "weighted_norm")
-        width = speech_width(config.audio_config, config.audio_layers)
+            self.audio_layer_weights, width = join_layers(config, width)
         if config.frame_norm:
             self.audio_frame_norm = FrameNorm(width)
         if config.speaker_reference:

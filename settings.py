@@ -52,7 +52,7 @@ class ModelSettings:
         base_model: SAILER checkpoint to start from; its architecture then stands in for everything else here.
         tiny: put the tiny backbone of the same family in the place of each backbone, all else being as it is: a trial
             of a recipe in minutes, whose figures say nothing.
-        audio_layers: "last" hidden state, "weighted" sum of all, or "weighted_norm" (each layer-normalised first).
+        audio_layers: "last" state, "weighted" sum of all, "weighted_norm" (each normalised), "concat_norm" (no sum).
         hidden_size: filters of the convolutions and width of the heads.
         conv_dropout: dropout between the convolutions.
         frame_pooling: speech frames that are averaged into one before the convolutions (the paper has 1).
@@ -83,7 +83,7 @@ class ModelSettings:
     text_backbone_id: str | None = None
     base_model: str | None = None
     tiny: bool = False
-    audio_layers: Literal["last", "weighted", "weighted_norm"] = "last"
+    audio_layers: Literal["last", "weighted", "weighted_norm", "concat_norm"] = "last"
     hidden_size: int = 256
     conv_dropout: float = 0.1
     frame_pooling: int = 1

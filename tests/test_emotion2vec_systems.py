@@ -39,7 +39,7 @@ def system(plus: Path, clips: list[np.ndarray], folder: Path, **options) -> Path
     return folder
 
 
-@pytest.mark.parametrize("audio_layers", ["last", "weighted", "weighted_norm"])
+@pytest.mark.parametrize("audio_layers", ["last", "weighted", "weighted_norm", "concat_norm"])
 @pytest.mark.parametrize("packed", [True, False])
 def test_as_an_encoder(
     audio_layers: str,

@@ -122,7 +122,8 @@ def test_the_file_gives_what_torch_gives(
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     audio = {"whisper": tiny_whisper, "wavlm": tiny_wavlm}[family]
-    options = {"audio_layers": "weighted_norm", "frame_pooling": 2, "frame_norm": True}
+    layers = {"whisper": "weighted_norm", "wavlm": "concat_norm"}[family]
+    options = {"audio_layers": layers, "frame_pooling": 2, "frame_norm": True}
     system = save(tmp_path / "system", audio, tiny_text, **options)
     (system / "README.md").write_text("# A card\n")
     for precision in ("float32", "int8"):

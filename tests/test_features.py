@@ -121,7 +121,7 @@ def test_same_outputs_with_and_without(system, corpus, tmp_path, monkeypatch, ca
     assert batch["audio_hidden_states"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("layers", ["weighted", "weighted_norm"])
+@pytest.mark.parametrize("layers", ["weighted", "weighted_norm", "concat_norm"])
 @pytest.mark.parametrize("norm", ["layer", "group"])
 def test_all_layers_of_a_waveform_encoder(tmp_path, corpus, layers, norm):
     from sailer.training.tiny_backbones import make_tiny_wavlm
@@ -267,7 +267,7 @@ def test_a_damaged_shard_is_made_again(system, corpus, tmp_path, monkeypatch, ca
     assert_same_outputs(model, processor, store, list(corpus[0]))
 
 
-@pytest.mark.parametrize("layers", ["last", "weighted", "weighted_norm"])
+@pytest.mark.parametrize("layers", ["last", "weighted", "weighted_norm", "concat_norm"])
 def test_pooled_states_give_the_same_and_are_smaller(tiny_whisper, corpus, system, tmp_path, layers):
     torch.manual_seed(1)
     made = {
@@ -277,7 +277,8 @@ def test_pooled_states_give_the_same_and_are_smaller(tiny_whisper, corpus, syste
         for pooling in (1, 8)
     }
     if layers != "last":
-        made[8].sailer.audio_layer_weights.weight.data.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        for weights in made[8].sailer.audio_layer_weights.parameters():
+            weights.data.copy_(torch.tensor([0.5, -1.0, 2.0]))
     processor = SailerProcessor(system[1].feature_extractor)
     stores = {
         pooling: FeatureStore.build(model, collator(processor), [corpus[0]], folder=tmp_path / str(pooling))

@@ -201,7 +201,7 @@ def test_every_choice_is_made_in_some_run() -> None:
         "attribute_loss": get_args(AttributeLoss),
         "annotation_dropout_mode": get_args(DropoutMode),
         "mixing_mode": get_args(MixingMode),
-        "audio_layers": ("last", "weighted", "weighted_norm"),
+        "audio_layers": ("last", "weighted", "weighted_norm", "concat_norm"),
         "cache_features": ("off", "memory", "disk"),
         "audio_backbone": ("backbones/whisper", "backbones/wavlm"),
     }

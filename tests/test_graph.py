@@ -52,7 +52,7 @@ SYSTEMS = [
     *(
         (audio, layers, pooling, text)
         for audio in ("tiny_whisper", "tiny_wavlm")
-        for layers, text in (("last", False), ("weighted", True), ("weighted_norm", False))
+        for layers, text in (("last", False), ("weighted", True), ("weighted_norm", False), ("concat_norm", False))
         for pooling in ({}, POOLED)
     ),
 ]

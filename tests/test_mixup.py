@@ -157,7 +157,7 @@ def test_training_mixes_by_the_seed_and_evaluation_does_not(make: Callable[..., 
 
 def test_states_that_are_not_as_they_are_summed(make: Callable[..., SailerTrainer], rows: Dataset) -> None:
     """Unpooled ones are refused where layers are normalised later, and mixed where they are not."""
-    for audio_layers in ("weighted_norm", "weighted"):
+    for audio_layers in ("weighted_norm", "concat_norm", "weighted"):
         run = make(frame_pooling=1, audio_layers=audio_layers, state_mixup=0.4)
         batch = run.data_collator([rows[clip] for clip in range(4)])
         assert batch["audio_hidden_states"].ndim == 4

@@ -13,7 +13,7 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoTokenizer
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
 from sailer.audio_sailer import load_audio
 from sailer.encoders_sailer import load_encoder, transformer_layers
-from sailer.layers_sailer import LayerWeights
+from sailer.layers_sailer import LayerConcatenation, LayerWeights
 from sailer.training.tiny_backbones import make_tiny_wavlm, make_tiny_whisper
 
 from .sounds import noise
@@ -45,14 +45,15 @@ def largest_difference(model, processor, clips: list[np.ndarray], transcripts: l
     return max(differences)
 
 
-@pytest.mark.parametrize("audio_layers", ["last", "weighted", "weighted_norm"])
+@pytest.mark.parametrize("audio_layers", ["last", "weighted", "weighted_norm", "concat_norm"])
 @pytest.mark.parametrize("audio", ["tiny_whisper", "tiny_wavlm"])
 def test_outputs_have_the_documented_shapes(audio, audio_layers, tiny_text, request) -> None:
     folder = request.getfixturevalue(audio)
     model, processor = build(folder, tiny_text, audio_layers=audio_layers)
     clips, transcripts = [noise(0.5), noise(1.2)], ["so happy", "leave me alone"]
     outputs = model(**processor(audio=clips, text=transcripts, sampling_rate=16000))
-    width = model.sailer.embedding_size
+    width, encoder = model.sailer.embedding_size, model.config.audio_config
+    layers = encoder.num_hidden_layers + 1 if audio_layers == "concat_norm" else 1
     shapes = {name: tuple(value.shape) for name, value in outputs.items()}
     assert shapes == {
         "logits": (2, 9),
@@ -61,7 +62,7 @@ def test_outputs_have_the_documented_shapes(audio, audio_layers, tiny_text, requ
         "sex_logits": (2, 2),
         "age": (2,),
         "embeddings": (2, width),
-        "speech_means": (2, model.config.audio_config.hidden_size),
+        "speech_means": (2, encoder.hidden_size * layers),
     }
     assert width == 256 + 32
     assert ((outputs.attributes >= 0) & (outputs.attributes <= 1)).all()
@@ -102,6 +103,14 @@ def test_layer_weights_by_hand() -> None:
     torch.testing.assert_close(mix(states), torch.tensor([[[4.0, 5.0]]]))
     normalized = LayerWeights(2, normalize=True)(states)
     torch.testing.assert_close(normalized, torch.tensor([[[-1.0, 1.0]]]), atol=1e-4, rtol=0)
+
+
+def test_layers_side_by_side_by_hand() -> None:
+    states = torch.tensor([[[[1.0, 3.0], [2.0, 0.0]], [[5.0, 4.0], [7.0, 9.0]]]])  # 1 clip, 2 layers, 2 frames
+    expected = torch.tensor([[[-1.0, 1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0]]])
+    torch.testing.assert_close(LayerConcatenation()(states), expected, atol=1e-4, rtol=0)
+    kept = LayerConcatenation()(states, is_normalized=True)
+    assert kept.tolist() == [[[1.0, 3.0, 5.0, 4.0], [2.0, 0.0, 7.0, 9.0]]]
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -176,7 +185,7 @@ def test_whisper_refuses_more_than_its_positions(tiny_whisper: Path) -> None:
         model(**processor(audio=noise(31.0), sampling_rate=16000))
 
 
-@pytest.mark.parametrize("audio_layers", ["last", "weighted_norm"])
+@pytest.mark.parametrize("audio_layers", ["last", "weighted_norm", "concat_norm"])
 @pytest.mark.parametrize("norm", ["layer", "group"])
 def test_padding_changes_nothing_wavlm(norm: str, audio_layers: str, tmp_path: Path) -> None:
     model, processor = build(make_tiny_wavlm(tmp_path / "wavlm", norm=norm), audio_layers=audio_layers)
@@ -314,7 +323,7 @@ def test_round_trip_is_bit_equal(system: str, tmp_path: Path, request) -> None:
     assert first.config.to_dict() | {"_name_or_path": ""} == second.config.to_dict() | {"_name_or_path": ""}
 
 
-@pytest.mark.parametrize("audio_layers", ["last", "weighted_norm"])
+@pytest.mark.parametrize("audio_layers", ["last", "weighted_norm", "concat_norm"])
 def test_cached_hidden_states_give_the_same_logits(audio_layers, tiny_whisper, tiny_text) -> None:
     model, processor = build(tiny_whisper, tiny_text, audio_layers=audio_layers)
     inputs = processor(audio=[noise(0.7), noise(2.0)], text=["so happy", ""], sampling_rate=16000)
@@ -410,7 +419,7 @@ def test_label_constants_agree_with_the_corpus_side() -> None:
         assert getattr(hub, name) == getattr(schema, name)
 
 
-@pytest.mark.parametrize("audio_layers", ["last", "weighted_norm"])
+@pytest.mark.parametrize("audio_layers", ["last", "weighted_norm", "concat_norm"])
 def test_frame_norm_sees_the_clips_own_frames_alone(audio_layers: str, tiny_whisper: Path, tmp_path: Path) -> None:
     model, processor = build(tiny_whisper, audio_layers=audio_layers, frame_norm=True)
     clips = [noise(0.3), noise(0.9, seed=1)]

@@ -98,7 +98,7 @@ def test_the_shift_is_taken_off_every_frame_of_the_last_layer(adapted, clips) ->
     assert torch.allclose(eve.emotions, plain.logits[0].softmax(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", ["last", "weighted_norm"])
+@pytest.mark.parametrize("layers", ["last", "weighted_norm", "concat_norm"])
 def test_many_speakers_in_a_batch_are_as_one_at_a_time(tiny_whisper, clips, layers) -> None:
     from transformers import AutoFeatureExtractor
 

@@ -25,6 +25,7 @@ from sailer.data.corpora import about_corpus
 from sailer.data.labels import distribution
 from sailer.data.schema import ATTRIBUTES, SECONDARY_LABELS, CorpusError, LabelSet
 from sailer.hub.origins import LICENSES
+from sailer.layers_sailer import NORMALIZED_LAYERS
 from sailer.settings import LORA_OPTIONS, DataSettings, ModelSettings, Settings, SettingsError
 from sailer.training.checkpoints import check_whole, digest_of_rows
 from sailer.training.losses import COMPONENTS, ObjectiveSettings, SailerObjective
@@ -111,7 +112,7 @@ def check_settings(settings: Settings) -> None:
                 f"state_mixup is {settings.augmentation.state_mixup:g} but not every tower's states are kept: set "
                 "cache_features, with freeze_text true, or manifold_mixup in its place."
             )
-        if model.audio_layers == "weighted_norm" and model.frame_pooling == 1:
+        if model.audio_layers in NORMALIZED_LAYERS and model.frame_pooling == 1:
             raise SettingsError(UNPOOLED)
     _check_splits(settings)
     _check_corpus_facts(settings.data)

@@ -25,7 +25,7 @@ from sailer.data.sampler import PlannedDataset
 from sailer.data.schema import CorpusError
 from sailer.data.team import Team
 from sailer.encoders_sailer import masks_padding, speech_width
-from sailer.layers_sailer import pool_states
+from sailer.layers_sailer import NORMALIZED_LAYERS, pool_states
 from sailer.training.shelf import Shelf, readable
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def _audio_batches(
             own = state[..., frames.bool(), :]
             if config.frame_pooling > 1:
                 own, counts = pool_states(
-                    own.unsqueeze(0), config.frame_pooling, normalize=config.audio_layers == "weighted_norm"
+                    own.unsqueeze(0), config.frame_pooling, normalize=config.audio_layers in NORMALIZED_LAYERS
                 )
                 own, kept[name + LAST_GROUP] = own[0], counts[0, -1].to("cpu", torch.long, copy=True)
             kept[name] = own.to("cpu", dtype).clone().contiguous()
@@ -371,7 +371,7 @@ def _audio_mark(model: SailerForAudioClassification, collator: SailerCollator, *
         _plain(config.audio_config),
         config.audio_layers != "last",
         config.frame_pooling,
-        config.audio_layers == "weighted_norm" and config.frame_pooling > 1,
+        config.audio_layers in NORMALIZED_LAYERS and config.frame_pooling > 1,
         config.attend_to_padding,
         masks_padding(model.sailer.audio_encoder.config),
         processor.feature_extractor.to_dict(),

@@ -16,7 +16,7 @@ from torch import Tensor
 AUDIO_STATES = ("pooled_hidden_states", "audio_hidden_states")
 TEXT_STATES = "text_hidden_states"
 UNPOOLED = (
-    "state_mixup mixes what the layers' sum is made of, and audio_layers 'weighted_norm' normalises each layer after "
+    "state_mixup mixes what the layers' sum is made of, and audio_layers '..._norm' normalises each layer after "
     "the states are kept: keep them pooled (frame_pooling: 64), or set state_mixup to 0."
 )
 
@@ -65,7 +65,7 @@ def mix_states(inputs: Mapping[str, Tensor], mixture: Mixture, normalizes: bool 
         inputs: the model's, with kept states of every tower, and `attention_mask` (batch, groups): how many frames
             of the clip each group holds.
         mixture: of the batch.
-        normalizes: the model normalises each layer before the sum (`audio_layers` is "weighted_norm"), which is linear
+        normalizes: the model normalises each layer before the sum (`audio_layers` ends in "_norm"), which is linear
             no more; states that are kept pooled are normalised already.
 
     Raises:

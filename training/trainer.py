@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from sailer.data.sampler import EpochSampler, LongestFirst, PlannedDataset, longest_first
 from sailer.data.schema import LabelSet
 from sailer.data.streaming import StreamedClips
+from sailer.layers_sailer import NORMALIZED_LAYERS
 from sailer.training import checkpoints
 from sailer.training.arguments import TARGETS, SailerTrainingArguments
 from sailer.training.compilation import LayerCompilation
@@ -394,7 +395,7 @@ class SailerTrainer(ShardedTrainer, PublishingTrainer):
         mixture = Mixture.draw(self.state_mixup or self.manifold_mixup, len(rows), rows.device)
         if self.state_mixup:
             config = getattr(self.accelerator.unwrap_model(self.model), "config", None)
-            inputs = mix_states(inputs, mixture, getattr(config, "audio_layers", None) == "weighted_norm")
+            inputs = mix_states(inputs, mixture, getattr(config, "audio_layers", "last") in NORMALIZED_LAYERS)
         else:
             inputs = {**inputs, "mixup_permutation": mixture.permutation, "mixup_lambda": mixture.shares}
         return inputs, mix_targets(targets, mixture)
