@@ -19,8 +19,8 @@ demo: $(STAMP)  ## train, evaluate and use a small system on synthetic speech; t
 page: $(VENV)/installed-page  ## show the demo's system on a page at http://127.0.0.1:7860; make page MODEL=FOLDER shows another
 	OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false $(BIN)/sailer page $(or $(MODEL),outputs/demo)
 
-test: $(STAMP)  ## run the fast tests; make test TESTS="tests/test_losses.py -k kl" runs some
-	$(PYTEST) -m "not slow and not browser" $(TESTS)
+test: $(STAMP)  ## run the fast tests, two files at a time; make test TESTS="tests/test_losses.py -k kl" runs some
+	$(PYTEST) -n $(if $(TESTS),0,2) --dist loadfile -m "not slow and not browser" $(TESTS)
 
 slow: $(VENV)/installed-all  ## run the tests that take over ten seconds each or need another extra than dev
 	$(PYTEST) -m slow $(TESTS)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
-from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline, set_seed
+from transformers import pipeline, set_seed
 
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor, SailerTrainer
 from sailer.adapters_sailer import lora_of
 from sailer.data import CorpusError, LabelSet, load_corpus
-from sailer.data.atomic import adding_to_folder, replacing_folder, write_json
+from sailer.data.atomic import adding_to_folder, write_json
 from sailer.data.collator import SailerCollator
 from sailer.data.labels import shuffle_labels
 from sailer.data.preview import preview
@@ -30,8 +30,8 @@ from sailer.data.sharing import read_once
 from sailer.data.statistics import shared_speaker_warnings
 from sailer.data.team import Team
 from sailer.hub.publishing import make_repository
-from sailer.settings import DataSettings, ModelSettings, Settings, load_recipe, resolve, to_yaml
-from sailer.training import checks, seeds, tiny_backbones
+from sailer.settings import DataSettings, Settings, load_recipe, resolve, to_yaml
+from sailer.training import checks, seeds
 from sailer.training.card_facts import run_facts
 from sailer.training.checkpoints import run_identity
 from sailer.training.evaluation import (
@@ -49,6 +49,7 @@ from sailer.training.plots import plot_training
 from sailer.training.report_plots import plot_groups
 from sailer.training.speakers import learn_mean_voice
 from sailer.training.streams import streamed_clips
+from sailer.training.systems import load_system, local_backbone
 from sailer.training.teaching import targets_of, taught
 from sailer.training.trainer import SplitPrediction
 from sailer.training.watch import Watch
@@ -359,46 +360,6 @@ def build_system(settings: Settings, label_set: LabelSet, train_rows: Dataset, w
         model.config.label_weights = SailerConfig.get_config_dict(settings.objective.teacher)[0].get("label_weights")
     model.config.text_dropout = settings.augmentation.text_dropout
     return System(model, processor, label_set, weights.tolist(), prior.tolist())
-
-
-def load_system(
-    model_settings: ModelSettings, label_set: LabelSet, audio: str | Path | None, text: str | Path | None
-) -> tuple[SailerForAudioClassification, SailerProcessor]:
-    """A new system on two backbones, or the base model that the settings name."""
-    if model_settings.base_model:
-        model = SailerForAudioClassification.from_pretrained(model_settings.base_model)
-        if model.config.labels != list(label_set.labels):
-            raise ValueError(
-                f"Base model {model_settings.base_model} has the labels {model.config.labels} and the recipe "
-                f"{list(label_set.labels)}: name the same labels in the same order."
-            )
-        if lora := model_settings.lora():
-            model.add_lora(**lora, source=model_settings.base_model)
-        return model, SailerProcessor.from_pretrained(model_settings.base_model)
-    assert audio is not None, "ModelSettings has a backbone where it has no base model"
-    model = SailerForAudioClassification.from_audio_text_pretrained(
-        audio,
-        text,
-        labels=label_set.labels,
-        majority_labels=label_set.majority,
-        scored_labels=label_set.scored,
-        **model_settings.config_options(),
-    )
-    tokenizer = None if text is None else AutoTokenizer.from_pretrained(text, trust_remote_code=False)
-    extractor = AutoFeatureExtractor.from_pretrained(audio, trust_remote_code=False)
-    return model, SailerProcessor(extractor, tokenizer, trim_silence=model_settings.trim_silence)
-
-
-def local_backbone(name: str | None, folder: Path, train_rows: Dataset) -> str | Path | None:
-    """`name`, or for one of the tiny backbones the folder below `folder` where it is, made there if it is not yet."""
-    if name is None or name not in tiny_backbones.TINY:
-        return name
-    place = folder / name
-    if not place.is_dir():
-        texts = {"texts": train_rows["transcript"]} if name == "tiny-text" else {}
-        with replacing_folder(place) as beside:
-            tiny_backbones.TINY[name](beside, **texts)
-    return place
 
 
 def fit(job: Job) -> SailerTrainer:

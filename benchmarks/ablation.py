@@ -101,6 +101,7 @@ LAYERS = (
     Row("last layer"),
     Row("weighted sum", {"audio_layers": "weighted"}),
     Row("weighted sum of normalised layers", {"audio_layers": "weighted_norm"}),
+    Row("normalised layers side by side", {"audio_layers": "concat_norm"}),
 )
 # Groups of rows; each is compared with the first of its group.
 GROUPS: dict[str, dict[str, tuple[Row, ...]]] = {
@@ -175,8 +176,9 @@ FINE_TUNING = {
 # RAVDESS with votes: the best recipe, whose pooled states are soon trained on, without the label that no clip has.
 VOTING = {
     "labels": ["Angry", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise", "Other"],
-    # As the best recipe was before its states were mixed: what augments by itself would hide what these rows compare.
-    **{"frame_pooling": 64, "num_train_epochs": 20, "state_mixup": 0.0},
+    # As the best recipe was before it augmented by itself, which would hide what these rows compare.
+    **{"frame_pooling": 64, "num_train_epochs": 20, "state_mixup": 0.0, "audio_layers": "weighted_norm"},
+    **{"trim_silence": None, "speed_perturbation": 0.0, "augmentation_variants": 0},
 }
 VOTES = {"annotators": 5, "fewest": 12}
 # The recipe's own choice of these does not hold in a fold.

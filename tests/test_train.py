@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,6 +245,32 @@ def test_a_base_model_goes_on(tmp_path: Path, tiny_sailer: Path) -> None:
     rows = load_corpus("synthetic", audio=False, **SMALL)["train"]
     system = build_system(settings, settings.data.label_set(), rows)
     assert isinstance(system.processor, SailerProcessor) and system.model.config.label_weights is not None
+
+
+def test_a_base_model_trains_what_the_settings_do_not_freeze(tmp_path: Path, tiny_sailer: Path) -> None:
+    """Its towers were frozen; without the options they stay so."""
+    rows = load_corpus("synthetic", audio=False, **SMALL)["train"]
+    base = tmp_path / "base"
+    SailerForAudioClassification.from_pretrained(tiny_sailer, freeze_audio=True, freeze_text=True).save_pretrained(
+        base
+    )
+    SailerProcessor.from_pretrained(tiny_sailer).save_pretrained(base)
+
+    def trained(**options: Any) -> set[str]:
+        options = {"base_model": str(base), "freeze_audio": True, "freeze_text": True} | options
+        settings = small_settings(tmp_path, **options)
+        model = build_system(settings, settings.data.label_set(), rows).model
+        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        return {name.split("encoder.")[1] for name in names if "encoder." in name}
+
+    assert not trained()
+    last = trained(freeze_audio=False, trainable_audio_layers=1, cache_features="off")
+    assert last and {name.split(".")[1] for name in last} == {"1"}, "of two layers"
+    everything = trained(freeze_audio=False, cache_features="off")
+    assert last < everything and any(name.startswith("conv1") for name in everything)
+    assert any(name.startswith("embeddings") for name in trained(freeze_text=False))
+    with pytest.raises(ValueError, match="trainable_audio_layers is a whole number from 1 to 2"):
+        trained(freeze_audio=False, trainable_audio_layers=3, cache_features="off")
 
 
 @pytest.mark.parametrize(
