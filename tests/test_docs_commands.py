@@ -71,7 +71,8 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
     program, *words = [STAND_INS.get(word, word) for word in words]
     if program == "sailer" and words[0] == "train":
         recipe = {} if words[1] == "my_recipe.yaml" else load_recipe(words[1])
-        changes = {"audio_backbone": "tiny-whisper"} if "/" in recipe.get("audio_backbone", "") else {}
+        changes = {"audio_backbone": "tiny-whisper"} if "/" in (recipe.get("audio_backbone") or "") else {}
+        changes |= {"trainable_audio_layers": "1"} if "trainable_audio_layers" in recipe else {}
         changes |= FEW_CLIPS if recipe.get("corpus") == "synthetic" and "--corpus" not in words else {}
         given = {word[2:] for word in words if word.startswith("--")}
         changes = {name: value for name, value in changes.items() if name not in given}
