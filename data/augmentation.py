@@ -98,7 +98,7 @@ class AugmentationSettings:
                 raise ValueError(f"{option} is a number from 0, got {value!r}.")
         if self.speed_perturbation and self.augmentation_variants == 1:
             raise ValueError(
-                "speed_perturbation needs another number of augmentation_variants than 1, or nothing changes."
+                "speed_perturbation needs another number of augmentation_variants than 1: one plan has one speed."
             )
         if self.manifold_mixup and self.state_mixup:
             raise ValueError(

@@ -173,7 +173,7 @@ def test_a_speed_changes_length_and_pitch_together(speed):
 def test_a_clip_is_played_no_faster_than_it_can_be_heard():
     tone = np.sin(np.arange(1700)).astype(np.float32)
     assert len(play_at(tone, 1.25, 16000)) == 1600
-    assert play_at(tone[:1600], 1.25, 16000) is not None and len(play_at(tone[:1600], 1.25, 16000)) == 1600
+    assert len(play_at(tone[:1600], 1.25, 16000)) == 1600
     assert play_at(tone, 1.0, 16000) is tone
 
 
