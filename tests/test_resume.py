@@ -141,10 +141,11 @@ def test_sigterm_saves_and_exits_and_a_requeued_run_ends_with_the_same_weights(t
     assert run.returncode == (143 if processes == 1 else 1), printed[-2000:]  # torchrun's own
     assert "starts afresh" in printed and printed.count("SIGTERM: the state after step") == 1
     assert not (folder / "model.safetensors").exists() and newest(folder).name != "checkpoint-72"
-    kept = load_file(newest(folder) / "trained.safetensors")
+    # Where it stopped is what the machine's load makes of it, perhaps at the best epoch, whose weights are kept.
+    stopped = json.loads((newest(folder) / "trainer_state.json").read_text())["global_step"]
     finish(folder, processes, **options, resume_from_checkpoint="true")
     assert_equal_systems(folder, whole)
-    assert not torch.equal(kept["heads.primary.0.weight"], weights(whole)["heads.primary.0.weight"])
+    assert [entry["step"] for entry in json.loads((folder / "training_log.json").read_text())][-1] == 72 > stopped
 
 
 @pytest.mark.slow
