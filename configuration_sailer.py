@@ -32,6 +32,7 @@ NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")
 OF_THE_LABELS = (
     *("majority_labels", "scored_labels", "label_weights", "label_prior"),
     *("target_weighting", "calibration_temperature", "conformal", "speaker_reference"),
+    "discriminant_share",
 )
 
 AUTO_MAP = {
@@ -107,6 +108,7 @@ class SailerConfig(PretrainedConfig):
             `"on"`, `"off"`, or `"auto"`, where that was measured to be faster than torch's own choice. It is of the
             machine, not of the system: it is not saved, and the environment's SAILER_ONEDNN says what `"auto"` means.
         speaker_reference (`bool`, defaults to `False`): whether the weights hold the mean voice, for `adapt`.
+        discriminant_share (`float`, defaults to 0.0): share of a fitted linear discriminant's scores in the logits.
 
     Raises:
         ValueError: an option outside its range, or a label list that contradicts another; the message names it.
@@ -147,6 +149,7 @@ class SailerConfig(PretrainedConfig):
         text_dropout: float = 0.0,
         onednn_linear: str = "auto",
         speaker_reference: bool = False,
+        discriminant_share: float = 0.0,
         **kwargs: Any,
     ) -> None:
         lists = {"heads": heads, "labels": labels, "majority_labels": majority_labels, "scored_labels": scored_labels}
@@ -159,24 +162,22 @@ class SailerConfig(PretrainedConfig):
         self.audio_layers = audio_layers
         self.hidden_size = hidden_size
         self.conv_dropout = conv_dropout
-        self.frame_pooling = frame_pooling
-        self.frame_norm = frame_norm
+        self.frame_pooling, self.frame_norm = frame_pooling, frame_norm
         self.heads = [head for head in HEADS if head in heads]
-        self.freeze_audio = freeze_audio
-        self.freeze_text = freeze_text
+        self.freeze_audio, self.freeze_text = freeze_audio, freeze_text
         self.trainable_audio_layers = trainable_audio_layers
         self.audio_lora, self.text_lora, self.backbones = audio_lora, text_lora, backbones
         self.attend_to_padding = attend_to_padding
         self.secondary_labels = list(secondary_labels)
         self.sex_labels = list(sex_labels)
-        self.max_seconds = max_seconds
-        self.sampling_rate = sampling_rate
+        self.max_seconds, self.sampling_rate = max_seconds, sampling_rate
         self.target_weighting = target_weighting
         self.label_weights = _shares("label_weights", label_weights)
         self.label_prior = _shares("label_prior", label_prior)
         self.calibration_temperature = calibration_temperature
         self.text_dropout = text_dropout
         self.onednn_linear, self.speaker_reference = onednn_linear, speaker_reference
+        self.discriminant_share = discriminant_share
 
         if labels is not None:
             kwargs["id2label"] = dict(enumerate(labels))
@@ -256,7 +257,7 @@ class SailerConfig(PretrainedConfig):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{option} must be positive and finite, got {value!r}.")
-        for option in ("conv_dropout", "text_dropout"):
+        for option in ("conv_dropout", "text_dropout", "discriminant_share"):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ValueError(f"{option} is a share from 0 to 1, got {value!r}.")

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .adapters_sailer import HUB_OPTIONS, PEFT, LoraTowers, add_lora, lora_of, lora_parts, place_of_backbone, trains
 from .configuration_sailer import ATTRIBUTES, REQUIREMENTS, SailerConfig, take_push_options
+from .discriminant_sailer import LinearDiscriminant, pool_opinions
 from .encoders_sailer import (
     all_hidden_states,
     build_encoder,
@@ -137,9 +138,8 @@ class SailerPreTrainedModel(LoraTowers, PreTrainedModel):
         push = take_push_options(save_directory, kwargs) if kwargs.pop("push_to_hub", False) else None
         super().save_pretrained(save_directory, *args, **kwargs)
         with open(os.path.join(save_directory, "requirements.txt"), "w", encoding="utf-8") as file:
-            file.writelines(
-                f"{requirement}\n" for requirement in (*REQUIREMENTS, *[PEFT] * bool(lora_of(self.config)))
-            )
+            wanted = (*REQUIREMENTS, *[PEFT] * bool(lora_of(self.config)))
+            file.writelines(f"{requirement}\n" for requirement in wanted)
         usual = os.path.join(save_directory, "config.json")
         for name in os.listdir(save_directory):
             if name.endswith(".safetensors") and os.path.isfile(usual):
@@ -362,6 +362,9 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         width = self.sailer.embedding_size
         heads = {name: PredictionHead(width, config.hidden_size, size) for name, size in sizes.items()}
         self.heads = nn.ModuleDict(heads)
+        if config.discriminant_share:
+            speech_width = next(self.sailer.audio_projection.parameters()).shape[1]
+            self.discriminant = LinearDiscriminant(speech_width, len(config.labels))
         self.post_init()
 
     @can_return_tuple
@@ -386,12 +389,12 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         """
         Args:
             input_features, input_values, attention_mask, input_ids, text_attention_mask, audio_hidden_states,
-                pooled_hidden_states, text_hidden_states: see `SailerModel.forward`.
+                pooled_hidden_states, text_hidden_states, speaker_shift, output_hidden_states, return_dict: see
+                `SailerModel.forward`.
             labels: (batch, labels) float distributions of primary votes, a row with NaN is unknown; or (batch,) class
                 ids, -100 is unknown.
             mixup_permutation, mixup_lambda: (batch,) each: the embedding of clip i becomes lambda_i * e_i +
                 (1 - lambda_i) * e_permutation(i) (manifold mixup, https://arxiv.org/abs/1806.05236).
-            speaker_shift, output_hidden_states, return_dict: see `SailerModel.forward`.
             output_attentions: not to be had: the towers' fast attention keeps none.
             auxiliary_targets: secondary_labels, attribute_labels, sex_labels and age_labels are taken so that any
                 Trainer may pass them; the training objective over them is `sailer.training.losses.SailerObjective`.
@@ -433,7 +436,7 @@ class SailerForAudioClassification(SailerPreTrainedModel):
             attributes = torch.cat([outputs[name] for name in ATTRIBUTES], dim=-1).sigmoid()
         if "age" in outputs:
             age = CENTURY * outputs["age"].squeeze(-1).sigmoid()
-        logits = outputs.get("primary")
+        logits = pool_opinions(self, outputs.get("primary"), fused.speech_means, speaker_shift)
         loss = None if labels is None or logits is None else plain_loss(logits, labels)
         return SailerClassifierOutput(
             loss=loss,
@@ -483,11 +486,8 @@ class SailerForAudioClassification(SailerPreTrainedModel):
         """
         audio_encoder = load_encoder(audio, attn_implementation, config_kwargs.get("audio_layers", "last"))
         text_encoder = None if text is None else load_encoder(text, attn_implementation)
-        config = SailerConfig(
-            audio_config=audio_encoder.config,
-            text_config=None if text_encoder is None else text_encoder.config,
-            **config_kwargs,
-        )
+        text_config = None if text_encoder is None else text_encoder.config
+        config = SailerConfig(audio_config=audio_encoder.config, text_config=text_config, **config_kwargs)
         if lora_of(config):
             places = {"audio": audio} | ({} if text is None else {"text": text})
             config.backbones = {tower: place_of_backbone(place) for tower, place in places.items()}

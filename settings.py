@@ -57,6 +57,7 @@ class ModelSettings:
         conv_dropout: dropout between the convolutions.
         frame_pooling: speech frames that are averaged into one before the convolutions (the paper has 1).
         frame_norm: batch-normalise the speech frames before the convolutions (not the paper's).
+        discriminant_share: of a linear discriminant, fitted after training, in the logits; null: base_model's.
         heads: outputs to train, of "primary", "secondary", "attributes", "sex", "age".
         freeze_audio, freeze_text: leave that tower as it was loaded.
         trainable_audio_layers: of a speech encoder that is not frozen, so many layers, from its output; null for all.
@@ -88,6 +89,7 @@ class ModelSettings:
     conv_dropout: float = 0.1
     frame_pooling: int = 1
     frame_norm: bool = False
+    discriminant_share: float | None = None
     heads: list[str] = field(default_factory=lambda: ["primary", "secondary", "attributes"])
     freeze_audio: bool = True
     freeze_text: bool = True
@@ -109,9 +111,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if not (self.audio_backbone or self.base_model):
-            raise SettingsError(
-                "No model to train: name a speech encoder (audio_backbone) or a checkpoint (base_model)."
-            )
+            raise SettingsError("No model to train: name a speech encoder (audio_backbone) or a base_model.")
         unknown = [head for head in self.heads if head not in HEADS]
         if unknown or not self.heads or len(set(self.heads)) != len(self.heads):
             raise SettingsError(f"heads is {self.heads}; name each wanted head once, of {list(HEADS)}.")
@@ -124,9 +124,8 @@ class ModelSettings:
         skipped |= {"audio_backbone_id", "text_backbone_id", "trim_silence"}
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in skipped}
         options |= {f"{tower}_lora": lora for tower, lora in self.lora().items()}
-        if self.attn_implementation is None:
-            del options["attn_implementation"]
-        return options
+        unset = [name for name in ("attn_implementation", "discriminant_share") if options[name] is None]
+        return {name: value for name, value in options.items() if name not in unset}
 
     def _take_tiny_backbones(self) -> None:
         from sailer.training.tiny_backbones import tiny_stand_in

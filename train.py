@@ -34,6 +34,7 @@ from sailer.settings import DataSettings, Settings, load_recipe, resolve, to_yam
 from sailer.training import checks, seeds
 from sailer.training.card_facts import run_facts
 from sailer.training.checkpoints import run_identity
+from sailer.training.discriminant import learn_discriminant
 from sailer.training.evaluation import (
     baselines,
     calibrate,
@@ -389,7 +390,10 @@ def fit(job: Job) -> SailerTrainer:
         identity=run_identity(settings, job.corpus, args.world_size),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if not settings.data.streaming:  # whose clips are heard in the archives' order, not looked up
+    if settings.data.streaming:  # whose clips are heard in the archives' order, not looked up
+        system.model.config.discriminant_share = 0.0  # a base model's
+    else:
+        learn_discriminant(trainer, job.planned, args.seed)
         learn_mean_voice(trainer, job.train_rows, args.seed)
     if trainer.is_world_process_zero() and args.load_best_model_at_end:
         if trainer.state.best_global_step is None:

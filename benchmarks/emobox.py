@@ -11,7 +11,8 @@ all folds and recipes alike. Finished runs are kept in OUTPUT_DIR/runs: a second
 The row "baseline of seconds" is scikit-learn's: the means over time of every layer of the best recipe's encoder,
 standardised, 300 principal components, linear discriminant analysis with shrinkage.
 
-The second table has each fold's UA, WA and macro-F1. Of several seeds a row more is their mean, fold by fold.
+The second table has each fold's UA, WA and macro-F1. Of several seeds two rows more are the mean of their figures,
+fold by fold, and the figures of their ensemble, by the mean of their probabilities, as `sailer ensemble` does it.
 
 The third table adapts each system to the speakers of the fold that tests it: every clip by n others of its speaker,
 drawn --draws times, in turn of all emotions or of one alone, as `SpeechEmotionPipeline.adapt` does it.
@@ -37,10 +38,6 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from datasets.utils.logging import disable_progress_bar
-from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -52,6 +49,7 @@ from sailer.layers_sailer import reference_of
 from sailer.settings import load_recipe, parse_overrides, resolve
 from sailer.train import Job, fit, prepare
 from sailer.training.arguments import TARGETS
+from sailer.training.discriminant import COMPONENTS, discriminant_analysis
 from sailer.training.evaluation import write_json
 from sailer.training.features import FeatureStore
 from sailer.training.metrics import decision_metrics, decisions
@@ -92,15 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.baseline:
         results[BASELINE] = run_baseline(options, rows, folds)
     for recipe in options.recipes:
+        title, runs = Path(recipe).stem, []
         for seed in options.seeds:
-            name = Path(recipe).stem + (f", seed {seed}" if len(options.seeds) > 1 else "")
-            results[name] = {
-                fold: run(recipe_of(recipe, seed, options), rows, sides, options, f"{name}, fold {fold}")
-                for fold, sides in tqdm(folds.items(), desc=name, unit="fold")
-            }
-        if len(options.seeds) > 1:
-            runs = [results[f"{Path(recipe).stem}, seed {seed}"] for seed in options.seeds]
-            results[f"{Path(recipe).stem}, mean of {len(runs)} seeds"] = mean_of(runs)
+            name = title + (f", seed {seed}" if len(options.seeds) > 1 else "")
+            runs.append(
+                {
+                    fold: run(recipe_of(recipe, seed, options), rows, sides, options, f"{name}, fold {fold}")
+                    for fold, sides in tqdm(folds.items(), desc=name, unit="fold")
+                }
+            )
+            results[name] = {fold: found["metrics"] for fold, found in runs[-1].items()}
+        if len(runs) > 1:
+            results[f"{title}, mean of {len(runs)} seeds"] = mean_of(
+                [{fold: found["metrics"] for fold, found in one.items()} for one in runs]
+            )
+            results[f"{title}, ensemble of {len(runs)} seeds"] = ensemble_of(runs, labels_of(options))
     text = table(results, options.corpus == "ravdess" and options.folds is None)
     text += "\n\n" + fold_table(results) + "\n\n" + adaptation_table(results)
     print(text)
@@ -171,26 +175,31 @@ def prepare_fold(recipe: Mapping[str, Any], rows: Dataset, fold: Fold, options: 
 
 def run(
     recipe: Mapping[str, Any], rows: Dataset, fold: Fold, options: argparse.Namespace, title: str
-) -> dict[str, float]:
-    """Figures of a recipe trained on one side of a fold, on the other; a run that is there already is read."""
+) -> dict[str, Any]:
+    """A recipe trained on one side of a fold and tested on the other: `metrics`, and of each tested clip `labels` and
+    `probabilities`. A run that is there already is read."""
     clips = [rows.select(side)["id"][:] for side in fold]
     key = hashlib.sha256(json.dumps([recipe, *clips]).encode()).hexdigest()[:16]
     path = options.output_dir / "runs" / f"{key}.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))["metrics"]
+    if path.exists() and "probabilities" in (found := json.loads(path.read_text(encoding="utf-8"))):
+        return found
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         job = prepare_fold(recipe, rows, fold, options, place)
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = fit(job)
-            figures = trainer.predict(job.corpus["test"]).metrics
+            tested = trainer.predict(job.corpus["test"])
             taken = {"seconds": time.perf_counter() - started}
             adapted = adapt(job, trainer, options.draws) if job.system.model.config.speaker_reference else {}
-    metrics = {name: figures[f"test_{name}"] for name in METRICS} | taken | adapted
+    found: dict[str, Any] = {"title": title, "finished": datetime.now().isoformat(timespec="seconds")}
+    found |= {"recipe": dict(recipe), "metrics": {name: tested.metrics[f"test_{name}"] for name in METRICS}}
+    found["metrics"] |= taken | adapted
+    found["labels"] = tested.label_ids["consensus"].tolist()
+    said = torch.from_numpy(tested.predictions["logits"]).softmax(-1)
+    found["probabilities"] = [[round(share, 6) for share in row] for row in said.tolist()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    when = datetime.now().isoformat(timespec="seconds")
-    write_json({"title": title, "finished": when, "recipe": dict(recipe), "metrics": metrics}, path)
-    return metrics
+    write_json(found, path)
+    return found
 
 
 def adapt(job: Job, trainer: SailerTrainer, draws: int) -> dict[str, float]:
@@ -258,12 +267,8 @@ def run_baseline(options: argparse.Namespace, rows: Dataset, folds: Mapping[str,
     for name, fold in folds.items():
         started = time.perf_counter()
         train = [row for row in fold.train if labels[row] >= 0]
-        components = min(300, len(train) - 1, means.shape[1])
-        classifier = make_pipeline(
-            StandardScaler(),
-            PCA(components, random_state=0),
-            LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
-        )
+        components = min(COMPONENTS, len(train) - 1, means.shape[1])
+        classifier = discriminant_analysis(components)
         classifier.fit(means[train], labels[train])
         figures = decision_metrics(classifier.predict(means[fold.test]), labels[fold.test], job.system.label_set)
         results[name] = {key: figures[key] for key in METRICS} | {"seconds": time.perf_counter() - started}
@@ -286,6 +291,17 @@ def mean_of(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict
         fold: {key: statistics.fmean(run[fold][key] for run in runs) for key in runs[0][fold] if key in runs[-1][fold]}
         for fold in runs[0]
     }
+
+
+def ensemble_of(runs: Sequence[Mapping[str, Any]], label_set: LabelSet) -> dict[str, dict[str, float]]:
+    """The figures, fold by fold, of the mean of several runs' probabilities."""
+    figures = {}
+    for fold in runs[0]:
+        mean = np.mean([run[fold]["probabilities"] for run in runs], axis=0)
+        scores = decision_metrics(decisions(mean, label_set), np.array(runs[0][fold]["labels"]), label_set)
+        seconds = sum(run[fold]["metrics"]["seconds"] for run in runs)
+        figures[fold] = {key: scores[key] for key in METRICS} | {"seconds": seconds}
+    return figures
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, float]]], with_published: bool) -> str:

@@ -66,6 +66,7 @@ def render_card(facts: Mapping[str, Any], path: str | Path) -> Path:
         facts: what happened; plain values, so that they can be kept as JSON.
             model_name: the title. model_id: the folder or Hub id that the example loads.
             audio_backbone, text_backbone (None: speech only), audio_layers, heads, labels, scored_labels.
+            discriminant_share: of the primary logits, optional.
             corpus: its name. synthetic: whether its speech is.
             origins: of what the system is made, the fields of `sailer.hub.origins.Origin` each.
             splits: of each split its `use` (one of `USES`) and what `sailer.data.statistics.split_speakers` says.

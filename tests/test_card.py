@@ -141,6 +141,13 @@ def test_card_sections_hold_what_happened(facts: dict, tmp_path: Path) -> None:
     assert "\n\n\n" not in text
 
 
+def test_the_card_tells_of_a_discriminant(facts: dict, tmp_path: Path) -> None:
+    text = "a linear discriminant of the mean speech state has a share of 0.25"
+    assert text in render_card(facts | {"discriminant_share": 0.25}, tmp_path / "with.md").read_text()
+    for without in ({}, {"discriminant_share": 0.0}):
+        assert "discriminant" not in render_card(facts | without, tmp_path / "without.md").read_text()
+
+
 def test_card_of_a_speech_only_and_synthetic_system(facts: dict, tmp_path: Path) -> None:
     facts |= {"text_backbone": None, "synthetic": True}
     for name in ("baselines", "training", "files", "groups", "limits"):

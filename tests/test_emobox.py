@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from sailer.data import CorpusError
+from sailer.data import CorpusError, LabelSet
 
 from .sounds import RATE, noise
 
@@ -100,7 +100,9 @@ def test_every_fold_shares_one_encoding_and_a_finished_run_is_read(emobox, argum
     monkeypatch.setattr(features, "pool_states", refuse)
     emobox.main([*arguments, "--seeds", "1", "0", "--no-baseline"])
     printed = capsys.readouterr().out
-    assert all(f"| tiny, {runs} | " in printed for runs in ("seed 1", "seed 0", "mean of 2 seeds"))
+    assert all(
+        f"| tiny, {runs} | " in printed for runs in ("seed 1", "seed 0", "mean of 2 seeds", "ensemble of 2 seeds")
+    )
     assert sorted((tmp_path / "out" / "features").rglob("*")) == kept
     monkeypatch.setattr(emobox, "fit", None)
     capsys.readouterr()
@@ -142,6 +144,15 @@ def test_the_table_has_means_spreads_and_each_folds_figure(emobox):
     head, _, row = emobox.fold_table({"mine": folds}).splitlines()
     assert head == "| UA, WA, macro-F1 | fold 1 | fold 2 |"
     assert row == "| mine | 50.0, 60.0, 40.0 | 70.0, 80.0, 60.0 |"
+
+
+def test_an_ensemble_of_seeds_decides_by_the_mean_of_their_probabilities(emobox):
+    """Of three clips each seed has two right and the two together all."""
+    label_set = LabelSet(["A", "B", "C"], ())
+    said = ([[0.9, 0.1, 0], [0.6, 0.4, 0], [0, 0, 1]], [[0.6, 0.4, 0], [0, 1, 0], [0.1, 0.5, 0.4]])
+    runs = [{"1": {"labels": [0, 1, 2], "probabilities": own, "metrics": {"seconds": 2.0}}} for own in said]
+    assert emobox.ensemble_of(runs, label_set) == {"1": {"uar": 1, "accuracy": 1, "macro_f1": 1, "seconds": 4.0}}
+    assert emobox.ensemble_of(runs[:1], label_set)["1"]["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_seeds_are_averaged_fold_by_fold(emobox):

@@ -14,6 +14,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer
 import sailer
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
 from sailer.cli import main
+from sailer.discriminant_sailer import set_discriminant
 from sailer.inference.export import ExportError, export, file_digest, read_manifest
 from sailer.training.tiny_backbones import make_tiny_wavlm
 
@@ -26,6 +27,9 @@ OUTPUTS = ["logits", "secondary_logits", "attributes", "sex_logits", "age", "emb
 def save(folder: Path, audio: Path, text: Path | None = None, **options) -> Path:
     torch.manual_seed(0)
     model = SailerForAudioClassification.from_audio_text_pretrained(audio, text, heads=HEADS, **options)
+    if model.config.discriminant_share:
+        width, labels = model.discriminant.mean.numel(), len(model.config.labels)
+        set_discriminant(model, torch.randn(width), torch.randn(labels, width) / width**0.5, torch.randn(labels))
     model.save_pretrained(folder)
     tokenizer = None if text is None else AutoTokenizer.from_pretrained(text)
     SailerProcessor(AutoFeatureExtractor.from_pretrained(audio), tokenizer).save_pretrained(folder)
@@ -123,7 +127,7 @@ def test_the_file_gives_what_torch_gives(
     pytest.importorskip("onnxscript")
     audio = {"whisper": tiny_whisper, "wavlm": tiny_wavlm}[family]
     layers = {"whisper": "weighted_norm", "wavlm": "concat_norm"}[family]
-    options = {"audio_layers": layers, "frame_pooling": 2, "frame_norm": True}
+    options = {"audio_layers": layers, "frame_pooling": 2, "frame_norm": True, "discriminant_share": 0.3}
     system = save(tmp_path / "system", audio, tiny_text, **options)
     (system / "README.md").write_text("# A card\n")
     for precision in ("float32", "int8"):

@@ -23,6 +23,7 @@ ROOT_MODULES = {
     "audio_sailer",
     "cli",
     "configuration_sailer",
+    "discriminant_sailer",
     "encoders_emotion2vec",
     "encoders_sailer",
     "ensemble_sailer",

@@ -69,8 +69,8 @@ def test_a_hub_file_imports_only_what_travels(name: str) -> None:
             assert top in TRAVELS_WITH or top in sys.stdlib_module_names, module
 
 
-def test_the_root_holds_sixteen_python_files_at_most_and_no_file_is_over_500_lines() -> None:
-    assert len(list(ROOT.glob("*.py"))) <= 16
+def test_the_root_holds_seventeen_python_files_at_most_and_no_file_is_over_500_lines() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= 17
     rooms = (
         path
         for room in ("data", "hub", "inference", "training", "tests", "benchmarks")

@@ -79,6 +79,7 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.objective.objective == "distil" and "primary" not in model.heads and not model.base_model:
         raise SettingsError("objective is 'distil', which teaches primary emotions: add primary to heads.")
+    _check_discriminant(settings)
     _check_lora(settings)
     frozen = model.freeze_audio and (model.freeze_text or not model.text_backbone) and not model.lora()
     if training.backbone_learning_rate is not None and frozen and not model.base_model:
@@ -223,6 +224,23 @@ def _check_numbers(settings: Settings) -> None:
         raise SettingsError(
             f"num_train_epochs is {training.num_train_epochs!r}: it must be more than 0. (To use a system as it is, "
             "evaluate it: sailer evaluate MODEL.)"
+        )
+
+
+def _check_discriminant(settings: Settings) -> None:
+    share, model = settings.model.discriminant_share, settings.model
+    if share is None:
+        return
+    if not 0 <= share <= 1:
+        raise SettingsError(f"discriminant_share is {share:g}; give a share from 0 to 1.")
+    if share and "primary" not in model.heads and not model.base_model:
+        raise SettingsError(
+            "discriminant_share is set but there is no primary head: add primary to heads, or leave it out."
+        )
+    if share and settings.data.streaming:
+        raise SettingsError(
+            "discriminant_share is set but the clips are streamed, and it is fitted on clips that are looked up: set "
+            "streaming to false, or leave it out."
         )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 
+from sailer.data.rendering import Item, changed_speed
 from sailer.layers_sailer import FEWEST_SPEAKERS, set_reference
-from sailer.training.arguments import TARGETS
-from sailer.training.trainer import CONSENSUS, SailerTrainer
+from sailer.training.trainer import SailerTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,6 @@ def learn_mean_voice(trainer: SailerTrainer, rows: Dataset, seed: int = 0) -> bo
         model kept.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    collator: Any = trainer.evaluation_collator
     speakers = np.array(rows["speaker"][:])
     known = np.flatnonzero(speakers != "")
     if len(np.unique(speakers[known])) < FEWEST_SPEAKERS:
@@ -44,27 +45,60 @@ def learn_mean_voice(trainer: SailerTrainer, rows: Dataset, seed: int = 0) -> bo
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:MOST_CLIPS])
     if len(np.unique(speakers[chosen])) < FEWEST_SPEAKERS:  # nearly all are of a few speakers
         chosen = known
-    held = np.ones(len(chosen), dtype=bool)
-    if getattr(collator, "features", None) is not None:  # a clip that every plan mixes with another is not kept alone
-        items = list(zip(rows["id"], rows["transcript"], strict=True))
-        held = np.array([collator.features.holds((items[row][0],), items[row][1]) for row in chosen])
-    means, probabilities = [], []
-    model.eval()
-    parts = [(chosen[held], collator)]
-    if not held.all():
-        parts.append((chosen[~held], replace(collator, features=None)))
-    for part, collate in parts:
-        for batch in torch.utils.data.DataLoader(
-            rows.select(part), batch_size=trainer.args.eval_batch_size, collate_fn=collate
-        ):
-            inputs = trainer._prepare_inputs(batch)
-            inputs = {name: value for name, value in inputs.items() if name not in (*TARGETS, CONSENSUS)}
+    means, logits = heard(trainer, rows, [(int(row), 1.0) for row in chosen], "Learning the mean voice")
+    set_reference(model, means, None if logits is None else logits.softmax(-1), speakers[chosen].tolist())
+    return True
+
+
+def heard(
+    trainer: SailerTrainer, rows: Dataset, renderings: Sequence[tuple[int, float]], title: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a trainer's model makes of clips, each at a speed, in float32 on the CPU.
+
+    Args:
+        trainer: what its collator keeps of frozen towers is not encoded again.
+        rows: in the canonical row.
+        renderings: row and speed of each.
+        title: of the progress bar.
+
+    Returns:
+        the means of their speech (renderings, width) and the primary logits (renderings, labels), None without them.
+    """
+    collator: Any = trainer.evaluation_collator
+    collator = replace(collator, heads=())
+    held = np.ones(len(renderings), dtype=bool)
+    if collator.features is not None:  # a clip that every plan mixes with another is not kept alone
+        ids, texts = rows["id"][:], rows["transcript"][:]
+        held = np.array(
+            [collator.features.holds((ids[row], *changed_speed(speed)), texts[row]) for row, speed in renderings]
+        )
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    means, logits = [], []
+    order = [*np.flatnonzero(held).tolist(), *np.flatnonzero(~held).tolist()]
+    progress = tqdm(total=len(order), desc=title, unit="clip", leave=False, disable=trainer.args.disable_tqdm)
+    for part, collate in ((order[: held.sum()], collator), (order[held.sum() :], replace(collator, features=None))):
+        items = _Renderings(rows, [renderings[place] for place in part])
+        for batch in torch.utils.data.DataLoader(items, batch_size=trainer.args.eval_batch_size, collate_fn=collate):
             with torch.no_grad(), trainer.compute_loss_context_manager():
-                outputs = model(**inputs, output_hidden_states=False, return_dict=True)
+                outputs = model(**trainer._prepare_inputs(batch), output_hidden_states=False, return_dict=True)
+            progress.update(len(outputs.speech_means))
             means.append(outputs.speech_means.float().cpu())
             if outputs.logits is not None:
-                probabilities.append(outputs.logits.float().softmax(-1).cpu())
-    said = torch.cat(probabilities) if probabilities else None
-    order = [*chosen[held], *chosen[~held]]
-    set_reference(model, torch.cat(means), said, speakers[order].tolist())
-    return True
+                logits.append(outputs.logits.float().cpu())
+    progress.close()
+    back = torch.tensor(order).argsort()
+    return torch.cat(means)[back], torch.cat(logits)[back] if logits else None
+
+
+class _Renderings(torch.utils.data.Dataset):
+    """Clips at speeds, as the collator takes them."""
+
+    def __init__(self, rows: Dataset, renderings: Sequence[tuple[int, float]]) -> None:
+        self.rows, self.renderings = rows, renderings
+
+    def __len__(self) -> int:
+        return len(self.renderings)
+
+    def __getitem__(self, place: int) -> Item:
+        row, speed = self.renderings[place]
+        return {"clips": [self.rows[row]], "gap": 0.0, "speed": speed}

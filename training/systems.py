@@ -11,6 +11,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer
 from sailer import SailerConfig, SailerForAudioClassification, SailerProcessor
 from sailer.data import LabelSet
 from sailer.data.atomic import replacing_folder
+from sailer.discriminant_sailer import without_discriminant
 from sailer.settings import ModelSettings
 from sailer.training import tiny_backbones
 
@@ -21,7 +22,7 @@ def load_system(
     """A new system on two backbones, or the base model that the settings name.
 
     Of a base model what the settings do not freeze trains, though it was frozen there; what they freeze, which is the
-    default, is as it has it.
+    default, is as it has it. Neither has a discriminant, which is fitted after training.
 
     Raises:
         ValueError: a base model of other labels, or of fewer layers than are to be trained.
@@ -36,6 +37,9 @@ def load_system(
             )
         if lora := model_settings.lora():
             model.add_lora(**lora, source=model_settings.base_model)
+        if model_settings.discriminant_share is not None:
+            model.config.discriminant_share = model_settings.discriminant_share
+        without_discriminant(model)
         return model, SailerProcessor.from_pretrained(model_settings.base_model)
     assert audio is not None, "ModelSettings has a backbone where it has no base model"
     model = SailerForAudioClassification.from_audio_text_pretrained(
@@ -46,6 +50,7 @@ def load_system(
         scored_labels=label_set.scored,
         **model_settings.config_options(),
     )
+    without_discriminant(model)
     tokenizer = None if text is None else AutoTokenizer.from_pretrained(text, trust_remote_code=False)
     extractor = AutoFeatureExtractor.from_pretrained(audio, trust_remote_code=False)
     return model, SailerProcessor(extractor, tokenizer, trim_silence=model_settings.trim_silence)
