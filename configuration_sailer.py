@@ -31,8 +31,7 @@ TARGET_WEIGHTINGS = ("none", "product", "normalized")
 NAMING_LABELS = ("labels", "id2label", "label2id", "num_labels")
 OF_THE_LABELS = (
     *("majority_labels", "scored_labels", "label_weights", "label_prior"),
-    *("target_weighting", "calibration_temperature", "conformal", "speaker_reference"),
-    "discriminant_share",
+    *("target_weighting", "calibration_temperature", "conformal", "speaker_reference", "discriminant_share"),
 )
 
 AUTO_MAP = {
