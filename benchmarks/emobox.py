@@ -49,7 +49,7 @@ from sailer.layers_sailer import reference_of
 from sailer.settings import load_recipe, parse_overrides, resolve
 from sailer.train import Job, fit, prepare
 from sailer.training.arguments import TARGETS
-from sailer.training.discriminant import COMPONENTS, discriminant_analysis
+from sailer.training.discriminant import discriminant_analysis
 from sailer.training.evaluation import write_json
 from sailer.training.features import FeatureStore
 from sailer.training.metrics import decision_metrics, decisions
@@ -101,9 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             results[name] = {fold: found["metrics"] for fold, found in runs[-1].items()}
         if len(runs) > 1:
-            results[f"{title}, mean of {len(runs)} seeds"] = mean_of(
-                [{fold: found["metrics"] for fold, found in one.items()} for one in runs]
-            )
+            figures = [results[f"{title}, seed {seed}"] for seed in options.seeds]
+            results[f"{title}, mean of {len(runs)} seeds"] = mean_of(figures)
             results[f"{title}, ensemble of {len(runs)} seeds"] = ensemble_of(runs, labels_of(options))
     text = table(results, options.corpus == "ravdess" and options.folds is None)
     text += "\n\n" + fold_table(results) + "\n\n" + adaptation_table(results)
@@ -267,8 +266,7 @@ def run_baseline(options: argparse.Namespace, rows: Dataset, folds: Mapping[str,
     for name, fold in folds.items():
         started = time.perf_counter()
         train = [row for row in fold.train if labels[row] >= 0]
-        components = min(COMPONENTS, len(train) - 1, means.shape[1])
-        classifier = discriminant_analysis(components)
+        classifier = discriminant_analysis(means[train].shape)
         classifier.fit(means[train], labels[train])
         figures = decision_metrics(classifier.predict(means[fold.test]), labels[fold.test], job.system.label_set)
         results[name] = {key: figures[key] for key in METRICS} | {"seconds": time.perf_counter() - started}

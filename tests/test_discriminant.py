@@ -42,7 +42,7 @@ def test_it_says_what_scikit_learn_says(labels: int) -> None:
     priors = generator.uniform(0.1, 1, labels)
     mean, weight, bias = fit_discriminant(torch.from_numpy(clips), truth, priors)
     said = torch.nn.functional.linear(torch.from_numpy(clips).float() - mean, weight, bias).softmax(-1)
-    analysis = discriminant_analysis(min(40, len(clips) - 1), priors / priors.sum()).fit(clips, truth)
+    analysis = discriminant_analysis(clips.shape, priors / priors.sum()).fit(clips, truth)
     assert np.allclose(said.numpy(), analysis.predict_proba(clips), atol=1e-3)
 
 
@@ -191,7 +191,10 @@ def test_a_base_models_is_fitted_anew_or_left_out(recipe: dict, tmp_path: Path) 
     [
         ({"discriminant_share": 1.5}, "discriminant_share is 1.5; give a share from 0 to 1"),
         ({"discriminant_share": 0.5, "heads": ["attributes"]}, "no primary head: add primary to heads"),
-        ({"discriminant_share": 0.5, "streaming": True, "corpus": "hub"}, "clips are streamed"),
+        (
+            {"discriminant_share": 0.5, "streaming": True, "corpus": "hub"},
+            "discriminant_share is 0.5 but streaming is true",
+        ),
     ],
 )
 def test_shares_that_cannot_be(recipe: dict, options: dict, message: str) -> None:
@@ -217,12 +220,10 @@ def test_through_the_command_line(recipe: dict) -> None:
     processor = SailerProcessor.from_pretrained(folder)
     model = SailerForAudioClassification.from_pretrained(folder).eval()
     for clip, row in zip(clips, said, strict=True):
+        inputs = processor(audio=[soundfile.read(clip, dtype="float32")[0]], sampling_rate=16000)
         with torch.no_grad():
-            means = model(
-                **processor(audio=[soundfile.read(clip, dtype="float32")[0]], sampling_rate=16000)
-            ).speech_means
-        scores = (means - tensors["discriminant.mean"]) @ tensors["discriminant.weight"].T + tensors[
-            "discriminant.bias"
-        ]
-        expected = scores.softmax(-1)[0]
+            means = model(**inputs).speech_means
+        scores = (means - tensors["discriminant.mean"]) @ tensors["discriminant.weight"].T
+        expected = (scores + tensors["discriminant.bias"]).softmax(-1)[0]
         assert row["label"] == model.config.labels[int(expected.argmax())]
+        assert row["score"] == pytest.approx(float(expected.max()), abs=1e-4)

@@ -134,6 +134,7 @@ def _check_streaming(settings: Settings) -> None:
         f"cache_features is {data.cache_features!r}": data.cache_features != "off",
         "train_sampling_strategy is 'group_by_length'": training.train_sampling_strategy == "group_by_length",
         f"preview is {data.preview}": data.preview > 0,
+        f"discriminant_share is {settings.model.discriminant_share}": settings.model.discriminant_share,
         "objective is 'distil'": settings.objective.objective == "distil",  # the teacher hears every clip beforehand
         "dataloader_persistent_workers is true": training.dataloader_persistent_workers,
     }
@@ -236,11 +237,6 @@ def _check_discriminant(settings: Settings) -> None:
     if share and "primary" not in model.heads and not model.base_model:
         raise SettingsError(
             "discriminant_share is set but there is no primary head: add primary to heads, or leave it out."
-        )
-    if share and settings.data.streaming:
-        raise SettingsError(
-            "discriminant_share is set but the clips are streamed, and it is fitted on clips that are looked up: set "
-            "streaming to false, or leave it out."
         )
 
 

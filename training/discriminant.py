@@ -63,19 +63,23 @@ def learn_discriminant(trainer: SailerTrainer, planned: PlannedDataset, seed: in
 
 def single_clips(planned: PlannedDataset) -> list[tuple[int, float]]:
     """Row and speed of the clips that the plans hear alone; where those are new every epoch, each clip as it is."""
-    settings = planned.settings
-    if settings.augmentation_variants:
-        alone = [(first, speed) for first, second, _, speed in planned.renderings() if second < 0]
-        present = {row for row, _ in alone}
-        return alone + [(row, 1.0) for row in range(len(planned.dataset)) if row not in present]
-    return [(row, 1.0) for row in range(len(planned.dataset))]
+    plans = planned.renderings() if planned.settings.augmentation_variants else []
+    alone = [(first, speed) for first, second, _, speed in plans if second < 0]
+    present = {row for row, _ in alone}
+    return alone + [(row, 1.0) for row in range(len(planned.dataset)) if row not in present]
 
 
-def discriminant_analysis(components: int, priors: np.ndarray | None = None) -> Pipeline:
-    """Standardised features, their principal components, and LDA with Ledoit and Wolf's shrinkage of covariances."""
+def discriminant_analysis(shape: tuple[int, ...], priors: np.ndarray | None = None) -> Pipeline:
+    """Standardised features, their principal components, and LDA with Ledoit and Wolf's shrinkage of covariances.
+
+    Args:
+        shape: (clips, width) of what it is to be fitted on.
+        priors: (labels,) probabilities; by default as the clips have them.
+    """
+    clips, width = shape
     return make_pipeline(
         StandardScaler(),
-        PCA(components, random_state=0),
+        PCA(min(COMPONENTS, clips - 1, width), random_state=0),
         LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=priors),
     )
 
@@ -90,15 +94,13 @@ def fit_discriminant(
         labels: (clips,), every label at least twice.
         priors: (labels,), in proportion to the prior probabilities.
     """
-    components = min(COMPONENTS, len(means) - 1, means.shape[1])
-    analysis = discriminant_analysis(components, priors / priors.sum()).fit(means.numpy(), labels)
-    scale, components_of, linear = (part for _, part in analysis.steps)
+    analysis = discriminant_analysis(means.shape, priors / priors.sum()).fit(means.numpy(), labels)
+    scale, principal, linear = (part for _, part in analysis.steps)
     coefficients, intercept = linear.coef_, linear.intercept_
     if len(coefficients) == 1:  # two labels: scikit-learn keeps the second one's lead alone
         coefficients = np.concatenate([0 * coefficients, coefficients])
         intercept = np.concatenate([0 * intercept, intercept])
-    weight = coefficients @ components_of.components_ / scale.scale_
-    bias = intercept - coefficients @ (components_of.components_ @ components_of.mean_)
-    found = (scale.mean_, weight, bias)
-    mean, weight, bias = (torch.from_numpy(np.asarray(value)).float() for value in found)
+    weight = coefficients @ principal.components_ / scale.scale_
+    bias = intercept - coefficients @ (principal.components_ @ principal.mean_)
+    mean, weight, bias = (torch.from_numpy(value).float() for value in (scale.mean_, weight, bias))
     return mean, weight, bias

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from sailer.data.rendering import Item, changed_speed
+from sailer.data.rendering import changed_speed
 from sailer.layers_sailer import FEWEST_SPEAKERS, set_reference
 from sailer.training.trainer import SailerTrainer
 
@@ -77,8 +77,9 @@ def heard(
     order = [*np.flatnonzero(held).tolist(), *np.flatnonzero(~held).tolist()]
     progress = tqdm(total=len(order), desc=title, unit="clip", leave=False, disable=trainer.args.disable_tqdm)
     for part, collate in ((order[: held.sum()], collator), (order[held.sum() :], replace(collator, features=None))):
-        items = _Renderings(rows, [renderings[place] for place in part])
-        for batch in torch.utils.data.DataLoader(items, batch_size=trainer.args.eval_batch_size, collate_fn=collate):
+        for start in range(0, len(part), trainer.args.eval_batch_size):
+            chosen = [renderings[place] for place in part[start : start + trainer.args.eval_batch_size]]
+            batch = collate([{"clips": [rows[row]], "gap": 0.0, "speed": speed} for row, speed in chosen])
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 outputs = model(**trainer._prepare_inputs(batch), output_hidden_states=False, return_dict=True)
             progress.update(len(outputs.speech_means))
@@ -88,17 +89,3 @@ def heard(
     progress.close()
     back = torch.tensor(order).argsort()
     return torch.cat(means)[back], torch.cat(logits)[back] if logits else None
-
-
-class _Renderings(torch.utils.data.Dataset):
-    """Clips at speeds, as the collator takes them."""
-
-    def __init__(self, rows: Dataset, renderings: Sequence[tuple[int, float]]) -> None:
-        self.rows, self.renderings = rows, renderings
-
-    def __len__(self) -> int:
-        return len(self.renderings)
-
-    def __getitem__(self, place: int) -> Item:
-        row, speed = self.renderings[place]
-        return {"clips": [self.rows[row]], "gap": 0.0, "speed": speed}
